@@ -1,0 +1,68 @@
+"""What all commands share: reading flags, and saying what is wrong in one line."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from spvit_jax import config as config_lib
+from spvit_jax.errors import InputError, nearest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs a command; an `InputError` is one line and exit code 2."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if argv[1:]:
+                raise InputError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+            main()
+        except InputError as error:
+            _fail(error)
+        except FloatingPointError as error:
+            _fail(error, code=1)
+
+    logging.set_verbosity(logging.WARNING)
+    logging.set_stderrthreshold("warning")
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        _check_config_flags(argv)
+        return flags.FLAGS(argv)
+    except (flags.Error, InputError) as error:
+        # ml_collections wraps what a config raised in a traceback; its last line is the message.
+        _fail(str(error).strip().rpartition("InputError: ")[2])
+
+
+def _check_config_flags(argv: list[str]) -> None:
+    """Raises an `InputError` for a config file or key that does not exist."""
+    known = config_lib.flatten(config_lib.base().to_dict())
+    for arg in argv[1:]:
+        name, separator, value = arg.lstrip("-").partition("=")
+        if name == "config" and separator:
+            path = pathlib.Path(value.partition(":")[0])
+            if not path.is_file():
+                raise InputError(f"there is no config file {path}; see configs/")
+        elif name.startswith("config.") and name.removeprefix("config.") not in known:
+            key = name.removeprefix("config.")
+            raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
+
+
+def _fail(error: object, code: int = 2) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def config_flag() -> Callable[[], ConfigDict]:
+    """Defines --config and returns a function that gives its value after parsing."""
+    from ml_collections import config_flags
+
+    holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
+    return lambda: holder.value

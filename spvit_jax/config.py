@@ -1,0 +1,278 @@
+"""The configuration: every field with its meaning, and what is worked out from it.
+
+Recipes in `configs/` start from `base()` and change values; the command line changes them once
+more (`--config.optim.lr=1e-3`). Nothing is derived before that. Then `resolve` turns durations
+into steps, once, and what it returns is printed, written to the workdir and used.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from spvit_jax.errors import InputError, nearest
+from spvit_jax.models import ViTConfig, model_config
+
+_DURATIONS = (
+    "schedule.total",
+    "schedule.warmup",
+    "schedule.cooldown",
+    "log_every",
+    "eval_every",
+    "checkpoint.every",
+)
+# What may change between the start of a run and its continuation in the same workdir.
+_FREE = ("mesh", "data.data_dir", "data.threads", "data.eval_batch_size")
+
+
+def base() -> ConfigDict:
+    """Returns a configuration with every field there is, for ImageNet at 224 pixels.
+
+    A duration is a text such as "300 epochs", "5000 steps" or "1.28e6 examples".
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the weights, the order of the data and all else that is random
+    config.log_every = "50 steps"  # training metrics are averaged over this and written
+    config.eval_every = "1 epoch"  # evaluation on data.eval_split, and a checkpoint with its result
+
+    config.model = model = ConfigDict()
+    model.name = "deit_s"  # one of spvit_jax.models.list_models()
+    model.image_size = placeholder(object)  # pixels, one number or (height, width); None: 224
+    # The other fields are None for the named model's own value.
+    model.patch_size = placeholder(int)  # pixels
+    model.stem_width = placeholder(int)  # channels of the convolutional stem; 0 is linear
+    model.dim = placeholder(int)  # channels of a token
+    model.depth = placeholder(int)  # number of blocks
+    model.num_heads = placeholder(int)  # attention heads per block
+    model.mlp_ratio = placeholder(float)  # hidden width of the MLP over dim
+    model.qkv_bias = placeholder(bool)  # whether queries, keys and values have a bias
+    model.norm_eps = placeholder(float)  # epsilon of LayerNorm
+    model.skip_lam = placeholder(float)  # residual branches are divided by this
+    model.layer_scale = placeholder(float)  # initial value of LayerScale
+    model.drop_path = placeholder(float)  # rate of stochastic depth at the last block
+    model.spatial_layers = placeholder(int)  # blocks with SP-SA, from the first
+    model.prior_extent = placeholder(int)  # grid side to which SP-SA's offsets are rescaled
+    model.pos_conv = placeholder(bool)  # position convolution after each block
+    model.masked_heads = placeholder(object)  # ((layers, heads), …) or "thirds"
+    model.mask_radius = placeholder(object)  # patches, one number or (rows, columns)
+    model.mask_kind = placeholder(str)  # "soft" or "hard"
+    model.dense_head = placeholder(bool)  # a classifier on every patch token
+    model.distilled = placeholder(bool)  # a distillation token with its own head
+    model.dtype = placeholder(str)  # of the computation: "float32" or "bfloat16"
+    model.remat = placeholder(bool)  # recompute blocks in the backward pass to save memory
+
+    config.data = data = ConfigDict()
+    data.dataset = "imagenet2012"  # "digits", a TFDS name, or "folder:PATH"
+    data.data_dir = "data"  # where TFDS data sets are kept
+    data.train_split = "train"  # what is trained on
+    data.eval_split = "validation"  # what is evaluated on during training
+    data.train_size = placeholder(int)  # train on this many examples, class by class; None: all
+    data.batch_size = 1024  # images per step, over all devices
+    data.eval_batch_size = 1024  # images per step of evaluation
+    data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale of 0 to 1
+    data.std = (0.229, 0.224, 0.225)  # likewise
+    data.threads = placeholder(int)  # for decoding; None: as many as tf.data finds useful
+
+    config.augment = augment = ConfigDict()
+    augment.crop_scale = (0.08, 1.0)  # random crop's share of the image's area
+    augment.crop_ratio = (3 / 4, 4 / 3)  # random crop's width over height
+    augment.interpolation = "bicubic"  # for training images; or "bilinear"
+    augment.flip = 0.5  # probability of a horizontal flip
+    augment.mixup = 0.0  # α of MixUp; 0 is off
+    augment.cutmix = 0.0  # α of CutMix; 0 is off
+    augment.mix_probability = 1.0  # of mixing a batch at all
+    augment.switch_probability = 0.5  # of CutMix rather than MixUp where both are on
+    augment.eval_crop = 0.875  # share of the side kept by evaluation's centre crop
+    augment.eval_interpolation = "bicubic"  # for evaluation images; or "bilinear"
+
+    config.loss = loss = ConfigDict()
+    loss.label_smoothing = 0.1  # share of the target spread over all classes
+    loss.dense_weight = 1.0  # of the loss of a dense head, where the model has one
+
+    config.optim = optim = ConfigDict()
+    optim.lr = 1e-3  # peak learning rate, absolute: nothing rescales it
+    optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown
+    optim.warmup_lr = 1e-6  # at the first step
+    optim.weight_decay = 0.05  # decoupled, times the learning rate; matrices only
+    optim.b1 = 0.9  # Adam's decay of the first moment
+    optim.b2 = 0.999  # Adam's decay of the second moment
+    optim.eps = 1e-8  # Adam's epsilon
+    optim.clip_norm = 0.0  # largest norm of the whole gradient; 0 is off
+    optim.accumulate = 1  # micro-batches per step; batch_size counts all of them
+    optim.ema = 0.0  # decay of the moving average of the weights; 0 is off
+
+    config.schedule = schedule = ConfigDict()
+    schedule.total = "300 epochs"  # the whole run, warm-up and cooldown included
+    schedule.warmup = "5 epochs"  # linear from warmup_lr to lr
+    schedule.cooldown = "0 epochs"  # at min_lr, at the end
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = "1 epoch"  # beside the one after each evaluation
+    checkpoint.keep_last = 2  # newest checkpoints kept
+    checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
+    config.init_from = placeholder(str)  # checkpoint whose weights a new run starts from
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
+    mesh.fsdp = 1  # devices over which each parameter is split
+    mesh.sharding = "fsdp"  # preset of spvit_jax.training.sharding: "fsdp" or "replicated"
+    return config.lock()
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Reads the argument behind a config's colon, `model=mait,train_size=200`.
+
+    Args:
+      arg: "key=value" pairs with commas between them, or None.
+      **defaults: the known keys and their values; a value is read as the default's type (`str`
+        or `int` given as a type stand for a key without a default).
+
+    Raises:
+      InputError: a key is unknown or a value cannot be read.
+    """
+    values = ConfigDict({k: None if isinstance(v, type) else v for k, v in defaults.items()})
+    for pair in filter(None, (arg or "").split(",")):
+        key, separator, text = pair.partition("=")
+        if key not in defaults or not separator:
+            raise InputError(
+                f"config argument {pair!r} is not KEY=VALUE with a known key"
+                f"{nearest(key, defaults)}"
+            )
+        kind = defaults[key] if isinstance(defaults[key], type) else type(defaults[key])
+        try:
+            values[key] = kind(text)
+        except ValueError as error:
+            raise InputError(
+                f"config argument {pair!r}: expected {key} to be of type {kind.__name__}"
+            ) from error
+    return values
+
+
+def steps_of(duration: str | int, *, batch_size: int, num_examples: int) -> int:
+    """Returns a duration in steps, rounded to the nearest.
+
+    Args:
+      duration: "300 epochs", "5000 steps", "1.28e6 examples", or a number of steps.
+      batch_size: examples per step.
+      num_examples: examples per epoch.
+
+    Raises:
+      InputError: the duration cannot be read.
+    """
+    number, _, unit = str(duration).strip().partition(" ")
+    steps_per = {
+        "": 1.0,
+        "step": 1.0,
+        "epoch": num_examples / batch_size,
+        "example": 1 / batch_size,
+    }
+    try:
+        value = float(number) * steps_per[unit.strip().removesuffix("s")]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise InputError(
+            f"duration {duration!r} cannot be read; expected for example '300 epochs', "
+            "'5000 steps' or '1.28e6 examples'"
+        )
+    return round(value)
+
+
+def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
+    """Returns a copy in which every duration is a number of steps.
+
+    Args:
+      config: as the command line left it.
+      num_examples: examples per epoch.
+
+    Raises:
+      InputError: a duration cannot be read, or the durations contradict each other.
+    """
+    resolved = ConfigDict(copy.deepcopy(config.to_dict()))
+    sizes = {"batch_size": config.data.batch_size, "num_examples": num_examples}
+    for path in _DURATIONS:
+        section, _, name = path.rpartition(".")
+        fields = resolved[section] if section else resolved
+        steps = steps_of(fields[name], **sizes)
+        with fields.ignore_type():
+            fields[name] = steps if section == "schedule" else max(steps, 1)
+    schedule = resolved.schedule
+    if schedule.total < 1 or schedule.warmup + schedule.cooldown > schedule.total:
+        raise InputError(
+            f"the schedule has {schedule.total} steps in all, of them {schedule.warmup} of warm-up "
+            f"and {schedule.cooldown} of cooldown; lengthen schedule.total or shorten the others"
+        )
+    return resolved
+
+
+def model_settings(config: ConfigDict, *, num_classes: int) -> ViTConfig:
+    """Returns the model's configuration: the named model with the fields that are not None."""
+    fields = {k: v for k, v in config.model.to_dict().items() if v is not None}
+    fields = {k: _as_tuple(v) for k, v in fields.items()}
+    return model_config(fields.pop("name"), num_classes=num_classes, **fields)
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, in_use: bool) -> None:
+    """Creates the workdir and writes the resolved configuration there.
+
+    Args:
+      workdir: the folder.
+      config: resolved.
+      in_use: whether it holds checkpoints, with which the configuration must then agree.
+
+    Raises:
+      InputError: the workdir belongs to another configuration, or cannot be written.
+    """
+    path = workdir / "config.json"
+    if in_use and path.exists():
+        changes = differences(from_json(path), config)
+        if changes:
+            raise InputError(
+                f"workdir {workdir} belongs to a run with another configuration "
+                f"({'; '.join(changes)}); choose another --workdir, or the same settings to go on"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(config))
+    except OSError as error:
+        raise InputError(f"cannot write to workdir {workdir}: {error}") from error
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the configuration as indented JSON."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: pathlib.Path) -> ConfigDict:
+    """Reads what `to_json` wrote."""
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lists the fields in which a run differs from the one it would continue, as 'key: a → b'."""
+    before, after = flatten(json.loads(to_json(old))), flatten(json.loads(to_json(new)))
+    return [
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(_FREE)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one, with keys such as 'optim.lr'."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def _as_tuple(value: Any) -> Any:
+    """Makes lists, which JSON has in the place of tuples, tuples again."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,147 @@
+"""What the host does to one image: decoding, cropping, resizing, flipping.
+
+Everything random is drawn from a seed that is passed in, so that an example looks the same
+whenever and wherever it is read. What is done to a whole batch is in `mix.py`, on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+from ml_collections import ConfigDict
+
+from spvit_jax.data.tensorflow import tf
+
+_CROP_ATTEMPTS = 10  # torchvision's
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """How a training image is made.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+      scale: range of the crop's share of the image's area; (1, 1) keeps the whole image.
+      ratio: range of the crop's width over its height.
+      flip: probability of a horizontal flip.
+      interpolation: "bilinear" or "bicubic".
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
+        """Takes the transform out of a configuration; `size` is the model's."""
+        augment = config.augment
+        return cls(
+            size=size,
+            scale=tuple(augment.crop_scale),
+            ratio=tuple(augment.crop_ratio),
+            flip=augment.flip,
+            interpolation=augment.interpolation,
+        )
+
+    def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image and a seed int64 [2] to uint8 [height, width, 3]."""
+        crop_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+        image = _decode(encoded)
+        top, left, height, width = random_crop_box(
+            tf.shape(image)[:2], crop_seed, self.scale, self.ratio
+        )
+        image = tf.image.crop_to_bounding_box(image, top, left, height, width)
+        image = _resize(image, self.size, self.interpolation)
+        flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
+        return tf.where(flipped, image[:, ::-1], image)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """How an evaluation image is made: the centre, with one aspect ratio for all images.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+      crop: the share of the resized image's side that the centre crop keeps, in (0, 1].
+      interpolation: "bilinear" or "bicubic".
+    """
+
+    size: tuple[int, int]
+    crop: float = 1.0
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
+        """Takes the transform out of a configuration; `size` is the model's."""
+        augment = config.augment
+        return cls(size=size, crop=augment.eval_crop, interpolation=augment.eval_interpolation)
+
+    def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image to uint8 [height, width, 3]."""
+        image = _decode(encoded)
+        shape = tf.cast(tf.shape(image)[:2], tf.float64)
+        target = tf.constant(self.size, tf.float64)
+        # The scale at which the crop, enlarged by 1/crop, just fits into the image.
+        scale = tf.reduce_max(target / self.crop / shape)
+        resized = tf.maximum(tf.cast(tf.round(shape * scale), tf.int32), self.size)
+        image = _resize(image, resized, self.interpolation)
+        top, left = tf.unstack((resized - self.size) // 2)
+        return tf.image.crop_to_bounding_box(image, top, left, *self.size)
+
+
+def random_crop_box(
+    shape: tf.Tensor,
+    seed: tf.Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Draws the box of a RandomResizedCrop (Inception's, with torchvision's distributions).
+
+    Args:
+      shape: int32 [2], the image's height and width.
+      seed: [2].
+      scale: range of the box's area as a share of the image's, drawn uniformly.
+      ratio: range of its width over its height, drawn uniformly in the logarithm.
+
+    Returns:
+      (top, left, height, width), int32 scalars. Of ten draws the first that fits is taken;
+      if none does, the largest centred box with an allowed ratio.
+    """
+    seeds = tf.random.experimental.stateless_split(seed, 4)
+    height, width = tf.unstack(tf.cast(shape, tf.float32))
+    area = height * width * tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[0], *scale)
+    log_ratio = tf.math.log(tf.constant(ratio, tf.float32))
+    aspect = tf.exp(tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[1], *tf.unstack(log_ratio)))
+
+    # The fallback is appended as a last draw, which always fits.
+    whole = width / height
+    fallback_w = tf.where(whole > ratio[1], height * ratio[1], width)
+    fallback_h = tf.where(whole < ratio[0], width / ratio[0], height)
+    box_w = tf.round(tf.concat([tf.sqrt(area * aspect), [fallback_w]], 0))
+    box_h = tf.round(tf.concat([tf.sqrt(area / aspect), [fallback_h]], 0))
+    fits = (box_w > 0) & (box_w <= width) & (box_h > 0) & (box_h <= height)
+    fits = tf.concat([fits[:-1], [True]], 0)
+    chosen = tf.argmax(fits)  # the first that is true
+    box_h, box_w = box_h[chosen], box_w[chosen]
+
+    spare_h, spare_w = height - box_h, width - box_w
+    random_top = tf.floor(tf.random.stateless_uniform([], seeds[2]) * (spare_h + 1))
+    random_left = tf.floor(tf.random.stateless_uniform([], seeds[3]) * (spare_w + 1))
+    is_fallback = chosen == _CROP_ATTEMPTS
+    top = tf.where(is_fallback, tf.floor(spare_h / 2), tf.minimum(random_top, spare_h))
+    left = tf.where(is_fallback, tf.floor(spare_w / 2), tf.minimum(random_left, spare_w))
+    as_int = [tf.cast(value, tf.int32) for value in (top, left, box_h, box_w)]
+    return as_int[0], as_int[1], as_int[2], as_int[3]
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes any image format to uint8 [height, width, 3]; grey images become RGB."""
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _resize(image: tf.Tensor, size: tf.Tensor | tuple[int, int], interpolation: str) -> tf.Tensor:
+    image = tf.image.resize(image, size, method=interpolation, antialias=True)
+    return tf.saturate_cast(tf.round(image), tf.uint8)

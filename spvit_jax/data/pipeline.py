@@ -1,0 +1,201 @@
+"""Batches as a pure function of (seed, step, process): nothing to save, nothing to skip.
+
+The global batch at a step is a run of consecutive ordinals in an endless stream of epochs, each a
+permutation of the whole data set; a process reads its share of it. Starting at step k computes
+step k, and touches nothing before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import numpy as np
+
+from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.datasets import Source
+from spvit_jax.data.tensorflow import tf
+from spvit_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+_FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of each global batch a process reads.
+
+    Attributes:
+      index: the process, in 0 … count-1.
+      count: the number of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, batch_size: int) -> int:
+        """Returns the examples of a global batch that one process reads."""
+        if batch_size % self.count:
+            raise InputError(
+                f"batch size {batch_size} is not a multiple of the {self.count} processes"
+            )
+        return batch_size // self.count
+
+    def ordinals(self, step: tf.Tensor, batch_size: int) -> tf.Tensor:
+        """Returns the places int64 [b] of the process's examples in the stream of all batches."""
+        local = self.of(batch_size)
+        return step * batch_size + self.index * local + tf.range(local, dtype=tf.int64)
+
+
+class BatchIterator(Iterator[Batch]):
+    """NumPy batches of a tf.data pipeline; a context manager that ends its threads.
+
+    A live tf.data iterator over Python code can hang the interpreter at exit, so whoever makes
+    one closes it.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset):
+        self._iterator: Iterator[Batch] | None = dataset.as_numpy_iterator()
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise StopIteration
+        return next(self._iterator)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._iterator = None
+
+
+def train_batches(
+    source: Source,
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    share: Share = Share(),
+    threads: int | None = None,
+) -> BatchIterator:
+    """Returns the endless batches of training from a step on.
+
+    Args:
+      source: the training examples.
+      transform: makes an image from its encoding and a seed.
+      batch_size: of the global batch, a multiple of the number of processes.
+      seed: of order and augmentation.
+      start_step: the step of the first batch.
+      share: which part of each batch this process reads.
+      threads: for decoding; None leaves the number to tf.data. The batches do not depend on it.
+
+    Returns:
+      Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
+      example's number in the source.
+
+    Raises:
+      InputError: the batch size is not a multiple of the number of processes.
+    """
+    local = share.of(batch_size)
+
+    def make(encoded: tf.Tensor, label: tf.Tensor, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
+        image = transform(encoded, tf.stack([tf.constant(seed, tf.int64), ordinal]))
+        return {"image": image, "label": label, "index": index}
+
+    def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        ordinal = share.ordinals(step, batch_size)
+        return shuffled_index(ordinal, len(source), seed), ordinal
+
+    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+    return BatchIterator(_read(source, steps.map(locate), make, local, threads))
+
+
+def eval_batches(
+    source: Source,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    share: Share = Share(),
+    threads: int | None = None,
+) -> BatchIterator:
+    """Returns batches in which each example occurs once, with a mask over what fills up the last.
+
+    Args:
+      source: the examples.
+      transform: makes an image from its encoding.
+      batch_size: of the global batch, a multiple of the number of processes.
+      share: which part of each batch this process reads; all get the same number of batches.
+      threads: as in `train_batches`.
+
+    Returns:
+      Batches of `image` uint8 [b, height, width, 3], `label` int32 [b], `index` int64 [b] and
+      `mask` float32 [b], 1 for an example and 0 for padding.
+
+    Raises:
+      InputError: the batch size is not a multiple of the number of processes.
+    """
+    local, total = share.of(batch_size), len(source)
+
+    def make(encoded: tf.Tensor, label: tf.Tensor, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
+        mask = tf.cast(ordinal < total, tf.float32)
+        return {"image": transform(encoded), "label": label, "index": index, "mask": mask}
+
+    def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        ordinal = share.ordinals(step, batch_size)
+        return tf.minimum(ordinal, total - 1), ordinal
+
+    steps = tf.data.Dataset.range(-(-total // batch_size))
+    return BatchIterator(_read(source, steps.map(locate), make, local, threads))
+
+
+def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
+    """Returns the example at each place of the endless stream of shuffled epochs.
+
+    Args:
+      ordinal: int64 [n], places in the stream.
+      total: the number of examples; places k·total to (k+1)·total - 1 hold each of them once.
+      seed: of the permutations, one per epoch.
+
+    Returns:
+      int64 [n] in 0 … total-1.
+    """
+    epoch, position = ordinal // total, ordinal % total
+    fill = lambda value: tf.fill(tf.shape(epoch), tf.constant(value, tf.int64))  # noqa: E731
+    seeds = tf.cast(tf.stack([fill(seed), epoch, fill(0)], axis=1), tf.int32)
+    return tf.raw_ops.RandomIndexShuffle(index=position, seed=seeds, max_index=fill(total - 1))
+
+
+def _read(
+    source: Source,
+    located: tf.data.Dataset,
+    make: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], dict],
+    batch_size: int,
+    threads: int | None,
+) -> tf.data.Dataset:
+    """Reads the examples at (indices [b], ordinals [b]) and makes a batch of each such pair."""
+
+    def fetch(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = source.fetch(indices)
+        return np.array(images, object), labels
+
+    def read(indices: tf.Tensor, ordinal: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        encoded, label = tf.numpy_function(fetch, [indices], [tf.string, tf.int32], stateful=False)
+        return (
+            tf.ensure_shape(encoded, [batch_size]),
+            tf.ensure_shape(label, [batch_size]),
+            indices,
+            ordinal,
+        )
+
+    parallel = tf.data.AUTOTUNE if threads is None else threads
+    examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()
+    made = examples.map(make, num_parallel_calls=parallel, deterministic=True)
+    batches = made.batch(batch_size, drop_remainder=True).prefetch(2)
+    if threads is not None:
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads
+        batches = batches.with_options(options)
+    return batches

@@ -1,0 +1,136 @@
+"""The registry of models: `create_model("spvit_s", image_size=384)`, `list_models("spvit*")`.
+
+This module holds names and settings only; the architectures are in the files beside it. Nothing
+here or below imports TensorFlow: models run on a bare JAX machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+from flax import nnx
+
+from spvit_jax.errors import InputError, nearest
+from spvit_jax.models.vit import Outputs, ViT, ViTConfig
+
+__all__ = ["Outputs", "ViT", "ViTConfig", "create_model", "list_models", "model_config"]
+
+
+def _deit(dim: int, num_heads: int, *, distilled: bool = False) -> ViTConfig:
+    return ViTConfig(dim=dim, num_heads=num_heads, distilled=distilled, drop_path=0.1)
+
+
+def _lvvit(
+    depth: int,
+    dim: int,
+    num_heads: int,
+    drop_path: float,
+    *,
+    stem_width: int = 64,
+    skip_lam: float = 2.0,
+    spatial_layers: int | None = None,
+) -> ViTConfig:
+    """LV-ViT, or SP-ViT where the number of spatial layers is given."""
+    return ViTConfig(
+        depth=depth,
+        dim=dim,
+        num_heads=num_heads,
+        drop_path=drop_path,
+        stem_width=stem_width,
+        skip_lam=skip_lam,
+        spatial_layers=spatial_layers or 0,
+        pos_conv=spatial_layers is not None,
+        mlp_ratio=3.0,
+        qkv_bias=False,
+        norm_eps=1e-5,
+        dense_head=True,
+    )
+
+
+def _mait(dim: int, num_heads: int, *, layer_scale: float | None = None) -> ViTConfig:
+    return ViTConfig(
+        depth=24,
+        dim=dim,
+        num_heads=num_heads,
+        masked_heads="thirds",
+        layer_scale=layer_scale,
+        drop_path=0.1,
+    )
+
+
+_MODELS: dict[str, ViTConfig] = {
+    "deit_ti": _deit(192, 3),
+    "deit_s": _deit(384, 6),
+    "deit_b": _deit(768, 12),
+    "deit_ti_distilled": _deit(192, 3, distilled=True),
+    "deit_s_distilled": _deit(384, 6, distilled=True),
+    "deit_b_distilled": _deit(768, 12, distilled=True),
+    "lvvit_t": _lvvit(12, 240, 4, 0.1, skip_lam=1.0),
+    "lvvit_s": _lvvit(16, 384, 6, 0.1),
+    "lvvit_m": _lvvit(20, 512, 8, 0.2),
+    "lvvit_l": _lvvit(24, 768, 12, 0.3, stem_width=128, skip_lam=3.0),
+    "spvit_s": _lvvit(16, 384, 6, 0.1, spatial_layers=14),
+    "spvit_m": _lvvit(20, 512, 8, 0.2, spatial_layers=10),
+    "spvit_l": _lvvit(24, 768, 12, 0.3, stem_width=128, skip_lam=3.0, spatial_layers=22),
+    "mait_xt": _mait(144, 3),
+    "mait_t": _mait(192, 3),
+    "mait_xs": _mait(288, 3),
+    "mait_s": _mait(384, 6),
+    "mait_s_layerscale": _mait(384, 6, layer_scale=1e-5),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Returns the names of the models that match a shell pattern such as "spvit*"."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def model_config(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    **overrides: Any,
+) -> ViTConfig:
+    """Returns the configuration of a named model with some of its fields replaced.
+
+    Raises:
+      InputError: the name or a field is unknown, or the fields contradict each other.
+    """
+    if name not in _MODELS:
+        raise InputError(f"unknown model {name!r}{nearest(name, _MODELS)}")
+    base = _MODELS[name]
+    fields = [field.name for field in dataclasses.fields(base)]
+    for field in overrides:
+        if field not in fields:
+            raise InputError(f"model {name!r} has no field {field!r}{nearest(field, fields)}")
+    return dataclasses.replace(base, image_size=image_size, num_classes=num_classes, **overrides)
+
+
+def create_model(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    rngs: nnx.Rngs | None = None,
+    **overrides: Any,
+) -> ViT:
+    """Creates a model by name, in evaluation mode.
+
+    Args:
+      name: one of `list_models()`.
+      image_size: pixels, one number or (height, width).
+      num_classes: C.
+      rngs: for the initial weights; `nnx.Rngs(0)` if not given.
+      **overrides: fields of the model's configuration, `ViTConfig`.
+
+    Returns:
+      A module whose call maps [B, height, width, 3] normalised images to logits [B, C].
+
+    Raises:
+      InputError: as `model_config`.
+    """
+    config = model_config(name, image_size=image_size, num_classes=num_classes, **overrides)
+    return config.build(rngs if rngs is not None else nnx.Rngs(0))

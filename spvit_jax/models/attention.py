@@ -1,0 +1,126 @@
+"""The one equation of this project, softmax(G ⊙ QKᵀ/√d + B) V, and the module around it.
+
+What the gain G and the bias B are is decided in `spatial.py`; how blocks are stacked, in
+`vit.py` and its siblings. Every attention of every model goes through `attention` below.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spvit_jax.models.initializers import linear_kernel
+from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
+
+
+def attention_weights(
+    q: jax.Array, k: jax.Array, gain: jax.Array | None = None, bias: jax.Array | None = None
+) -> jax.Array:
+    """Computes A = softmax(G ⊙ QKᵀ/√d + B), in float32 whatever the inputs' dtype.
+
+    Args:
+      q: queries [B, n, H, d].
+      k: keys [B, m, H, d].
+      gain: G, [H, n, m] or anything that broadcasts to [B, H, n, m]; None stands for 1.
+      bias: B, likewise; None stands for 0. An entry of -inf removes a pair.
+
+    Returns:
+      Attention weights [B, H, n, m], float32, each row summing to 1.
+    """
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    if gain is not None:
+        scores = scores * gain
+    if bias is not None:
+        scores = scores + bias
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gain: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Computes softmax(G ⊙ QKᵀ/√d + B) V (SP-ViT eq. 4 with G learned, MaiT eq. 2 with G binary).
+
+    Args:
+      q: queries [B, n, H, d].
+      k: keys [B, m, H, d].
+      v: values [B, m, H, d].
+      gain: G, as in `attention_weights`.
+      bias: B, as in `attention_weights`.
+
+    Returns:
+      [B, n, H, d] in the dtype of `v`.
+    """
+    weights = attention_weights(q, k, gain, bias).astype(v.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over prefix tokens and a grid of patches.
+
+    Attributes:
+      prior: the learned gain of SP-SA, or None for a layer without one.
+      mask: the neighbourhood to which the first heads are masked, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        spatial_prior: bool = False,
+        prior_extent: int | None = None,
+        mask: LocalityMask | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.qkv = nnx.Linear(
+            dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+        )
+        self.proj = nnx.Linear(dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
+        self.prior = (
+            SpatialPrior(num_heads, dim // num_heads, extent=prior_extent, rngs=rngs)
+            if spatial_prior
+            else None
+        )
+        self.mask = mask
+
+    def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
+        """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
+        factors = []
+        if self.prior is not None:
+            factors.append(self.prior(grid, num_prefix))
+        if self.mask is not None and self.mask.kind == "soft":
+            factors.append(self.mask.gain(self.num_heads, grid, num_prefix))
+        if not factors:
+            return None
+        return factors[0] if len(factors) == 1 else factors[0] * factors[1]
+
+    def bias(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
+        """Returns B [H, P+N, P+N] (-inf outside a hard mask), or None where it is 0."""
+        if self.mask is not None and self.mask.kind == "hard":
+            return self.mask.bias(self.num_heads, grid, num_prefix)
+        return None
+
+    def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
+        q, k, v = self._qkv(x)
+        out = attention(q, k, v, self.gain(grid, num_prefix), self.bias(grid, num_prefix))
+        return self.proj(out.reshape(x.shape))
+
+    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
+        q, k, _ = self._qkv(x)
+        return attention_weights(q, k, self.gain(grid, num_prefix), self.bias(grid, num_prefix))
+
+    def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Projects x to queries, keys and values [B, n, H, d]; columns are ordered [3, H, d]."""
+        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
+        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]

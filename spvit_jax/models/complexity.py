@@ -1,0 +1,54 @@
+"""What a model costs: its parameters and its multiply-adds, counted from the traced program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend import core
+
+from spvit_jax.models.layers import depthwise_conv
+from spvit_jax.models.vit import ViTConfig
+
+
+def count_parameters(config: ViTConfig) -> int:
+    """Returns the exact number of trainable parameters, without allocating any."""
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def count_macs(config: ViTConfig) -> int:
+    """Returns the multiply-adds of convolutions and matrix products for one image."""
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
+    return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
+
+
+def macs_of(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the multiply-adds of a function's products, traced on arrays or their shapes."""
+    return _macs_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _macs_of_jaxpr(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
+        elif eqn.params.get("name") == depthwise_conv.__name__:
+            # Shifted products, which count as the convolution that they are.
+            kernel = eqn.invars[1].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[:2])
+        else:
+            total += sum(_macs_of_jaxpr(inner) for inner in jax.core.jaxprs_in_params(eqn.params))
+    return total

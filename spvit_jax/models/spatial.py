@@ -1,0 +1,152 @@
+"""What the gain G and the bias B of the one equation are: functions of where two patches lie.
+
+`SpatialPrior` is SP-ViT's learned gain, `LocalityMask` MaiT's neighbourhood. Both know the grid
+of patches and the number of prefix tokens because they are told, and never guess them. How G and
+B enter attention is in `attention.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spvit_jax.errors import InputError
+from spvit_jax.models.initializers import linear_kernel
+
+Grid = tuple[int, int]  # (h, w): rows and columns of patches
+
+
+def offsets(grid: Grid) -> np.ndarray:
+    """Returns the distinct offsets between two patches of a grid.
+
+    Args:
+      grid: (h, w).
+
+    Returns:
+      [2h-1, 2w-1, 2] float32 of (dx, dy) in whole patches; dy = row - (h-1), dx = column - (w-1).
+    """
+    h, w = grid
+    dy, dx = np.meshgrid(np.arange(1 - h, h), np.arange(1 - w, w), indexing="ij")
+    return np.stack([dx, dy], axis=-1).astype(np.float32)
+
+
+def _toeplitz_1d(table: jax.Array) -> jax.Array:
+    """Lays [..., 2n-1] out to T [..., n, n] with T[i, j] = table[j - i + n - 1].
+
+    Repeating the table with a period of 2n and reading it in rows of 2n-1 moves each row one
+    place to the right: the layout costs one copy, and its gradient one sum, without a gather.
+    """
+    n = (table.shape[-1] + 1) // 2
+    lead = table.shape[:-1]
+    period = jnp.concatenate([table, jnp.zeros((*lead, 1), table.dtype)], axis=-1)
+    rows = jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)).reshape(*lead, 2 * n * n)
+    return rows[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
+
+
+def toeplitz(table: jax.Array) -> jax.Array:
+    """Lays a function of the offset out to a matrix over pairs of patches, exactly.
+
+    Args:
+      table: [H, 2h-1, 2w-1], the value at each offset in the order of `offsets`.
+
+    Returns:
+      [H, N, N] with N = h·w and entry [i, j] the value at the offset from patch i to patch j.
+    """
+    heads, h, w = table.shape[0], (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
+    rows = _toeplitz_1d(jnp.swapaxes(table, 1, 2))  # [H, 2w-1, yi, yj]
+    both = _toeplitz_1d(jnp.moveaxis(rows, 1, -1))  # [H, yi, yj, xi, xj]
+    return both.transpose(0, 1, 3, 2, 4).reshape(heads, h * w, h * w)
+
+
+def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:
+    """Adds rows and columns of `value` for prefix tokens: [H, N, N] to [H, P+N, P+N]."""
+    if num_prefix == 0:
+        return matrix
+    width = ((0, 0), (num_prefix, 0), (num_prefix, 0))
+    return jnp.pad(matrix, width, constant_values=value)
+
+
+class SpatialPrior(nnx.Module):
+    """The learned gain of SP-SA: per head, a two-layer network of the offset (SP-ViT eq. 5).
+
+    G[h, i, j] = Σ_c w2[h, c] · relu(w1[h, c]·(dx, dy) + b1[h, c]) + b2[h], which starts at 1:
+    a fresh layer is plain attention. Parameters w1 [H, d, 2], b1 [H, d], w2 [H, d], b2 [H].
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, extent: int | None = None, rngs: nnx.Rngs):
+        """Creates the prior.
+
+        Args:
+          num_heads: H.
+          head_dim: d, the width of the network of one head.
+          extent: if given, offsets are rescaled so that any grid spans what a grid of
+            extent × extent spans; None leaves them raw, as in the paper.
+          rngs: for w1.
+        """
+        self.extent = extent
+        self.w1 = nnx.Param(linear_kernel(rngs.params(), (num_heads, head_dim, 2), jnp.float32))
+        self.b1 = nnx.Param(jnp.zeros((num_heads, head_dim)))
+        self.w2 = nnx.Param(jnp.zeros((num_heads, head_dim)))
+        self.b2 = nnx.Param(jnp.ones((num_heads,)))
+
+    def table(self, grid: Grid) -> jax.Array:
+        """Returns the gain at each distinct offset, [H, 2h-1, 2w-1] float32."""
+        delta = offsets(grid)
+        if self.extent is not None:
+            h, w = grid
+            delta = delta * np.array([self.extent / w, self.extent / h], np.float32)
+        hidden = jnp.einsum("yxk,hdk->hdyx", delta, self.w1[...])
+        hidden = jax.nn.relu(hidden + self.b1[...][:, :, None, None])
+        # A weighted sum rather than a product of matrices, which fuses with the line above.
+        weighted = (self.w2[...][:, :, None, None] * hidden).sum(axis=1)
+        return weighted + self.b2[...][:, None, None]
+
+    def __call__(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns the gain G [H, P+N, P+N] float32, with 1 for prefix tokens."""
+        return pad_prefix(toeplitz(self.table(grid)), num_prefix, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalityMask:
+    """MaiT's mask: the first heads of a layer see a neighbourhood of each patch (MaiT eq. 2).
+
+    Attributes:
+      num_masked: how many heads are masked, heads 0 to num_masked - 1.
+      radius: (rows, columns) on each side; (1, 1) is the 3×3 neighbourhood, (1, 2) is 3×5.
+      kind: "soft" sets the scores outside to 0 (the paper), "hard" to -inf (its fast variant).
+    """
+
+    num_masked: int
+    radius: tuple[int, int] = (1, 1)
+    kind: str = "soft"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("soft", "hard"):
+            raise InputError(f"mask_kind is {self.kind!r}; expected 'soft' or 'hard'")
+        if min(self.radius) < 0:
+            raise InputError(f"mask_radius is {self.radius}; expected numbers of at least 0")
+
+    def neighbourhood(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns M [P+N, P+N] bool: whether a key is near a query; prefix tokens always are."""
+        h, w = grid
+        y, x = jnp.divmod(jnp.arange(h * w), w)
+        near = (jnp.abs(y[:, None] - y) <= self.radius[0]) & (
+            jnp.abs(x[:, None] - x) <= self.radius[1]
+        )
+        return pad_prefix(near[None], num_prefix, True)[0]
+
+    def gain(self, num_heads: int, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns the soft mask as a gain [H, P+N, P+N] float32: 0 far away in a masked head."""
+        return jnp.where(self._removed(num_heads, grid, num_prefix), 0.0, 1.0)
+
+    def bias(self, num_heads: int, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns the hard mask as a bias [H, P+N, P+N] float32: -inf far away, else 0."""
+        return jnp.where(self._removed(num_heads, grid, num_prefix), -jnp.inf, 0.0)
+
+    def _removed(self, num_heads: int, grid: Grid, num_prefix: int) -> jax.Array:
+        masked = jnp.arange(num_heads) < self.num_masked
+        return masked[:, None, None] & ~self.neighbourhood(grid, num_prefix)

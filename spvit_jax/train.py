@@ -1,0 +1,179 @@
+"""Trains a model: the whole run on one page.
+
+    python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
+
+The same command started again continues the run in that workdir, to the same end, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+
+from spvit_jax import cli
+from spvit_jax import config as config_lib
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.training import checkpoint, optimizer, report, sharding
+from spvit_jax.training import state as state_lib
+from spvit_jax.training.evaluation import evaluate
+from spvit_jax.training.interrupt import Interrupt
+from spvit_jax.training.report import log
+from spvit_jax.training.step import Recipe, eval_step, train_step
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Trains, or continues to train, what a configuration describes.
+
+    Args:
+      config: as `spvit_jax.config.base`; durations may be texts.
+      workdir: receives checkpoints, records and the resolved configuration; created if need be.
+
+    Returns:
+      Whether the run is complete; it is not if a SIGTERM came first.
+
+    Raises:
+      InputError: the configuration, the data or the workdir cannot be used.
+      FloatingPointError: the loss is no longer a number.
+    """
+    # ── Data: what there is ──────────────────────────────────────────────────────────────────────
+    train_source = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
+    eval_source = datasets.load(config.data.dataset, config.data.eval_split, config.data.data_dir)
+    if config.data.train_size is not None:
+        train_source = datasets.balanced_subset(
+            train_source, config.data.train_size, seed=config.seed
+        )
+
+    # ── Configuration: durations become steps, and everything is checked ─────────────────────────
+    config = config_lib.resolve(config, num_examples=len(train_source))
+    model_config = config_lib.model_settings(config, num_classes=train_source.num_classes)
+    recipe = Recipe.of(config, num_classes=train_source.num_classes)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    batch_size, total_steps = config.data.batch_size, config.schedule.total
+    eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
+    sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
+    share = pipeline.Share(jax.process_index(), jax.process_count())
+    train_transform = TrainTransform.of(config, model_config.image_shape)
+    eval_transform = EvalTransform.of(config, model_config.image_shape)
+    config_lib.claim_workdir(workdir, config, in_use=checkpoint.exists(workdir))
+
+    # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
+    root = jax.random.key(config.seed)
+    adamw = optimizer.make_optimizer(config)
+    learning_rate = optimizer.make_schedule(config)
+
+    def create() -> state_lib.TrainState:
+        model = model_config.build(nnx.Rngs(jax.random.fold_in(root, 0)))
+        return state_lib.create(model, adamw, ema=recipe.ema > 0)
+
+    abstract, shardings = sharding.plan(create, mesh, config.mesh.sharding)
+    train_fn = jax.jit(
+        functools.partial(train_step, optimizer=adamw, recipe=recipe),
+        donate_argnames="state",
+        out_shardings=shardings,
+    )
+    eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
+
+    report.start_logging(workdir)
+    report.summarize(
+        config,
+        model_config,
+        abstract.model.params,
+        num_train=len(train_source),
+        num_eval=len(eval_source),
+        mesh=mesh,
+    )
+
+    with (
+        Interrupt() as interrupt,
+        checkpoint.Checkpoints(
+            workdir,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        ) as checkpoints,
+    ):
+        # ── Start: from the own workdir, else from init_from, else from scratch ──────────────────
+        state, origin = checkpoints.restore(abstract), "the last checkpoint in the workdir"
+        if state is None:
+            state, origin = jax.jit(create, out_shardings=shardings)(), "scratch"
+            if config.init_from:
+                source = checkpoint.find(pathlib.Path(config.init_from))
+                variables = checkpoint.load_variables(source, like=abstract.model)
+                state, origin = state_lib.with_variables(state, variables), str(source)
+        step = int(state.step)
+        log.info("start           at step %d of %d, from %s", step, total_steps, origin)
+
+        with (
+            pipeline.train_batches(
+                train_source,
+                train_transform,
+                batch_size=batch_size,
+                seed=config.seed,
+                start_step=step,
+                share=share,
+                threads=config.data.threads,
+            ) as batches,
+            report.Reporter(
+                workdir, start_step=step, total_steps=total_steps, batch_size=batch_size
+            ) as reporter,
+        ):
+            # ── Steps ────────────────────────────────────────────────────────────────────────────
+            while step < total_steps and not interrupt.requested:
+                state = train_fn(state, sharding.put_batch(next(batches), mesh), root)
+                step += 1
+                reporter.advance()
+
+                if step % config.log_every == 0 or step == total_steps:
+                    state_lib.check_finite(state)
+                    reporter.train(step, state.metrics, float(learning_rate(step - 1)))
+                    state = state.replace(
+                        metrics=jax.device_put(state_lib.zero_metrics(), shardings.metrics)
+                    )
+
+                results = None
+                if step % config.eval_every == 0 or step == total_steps:
+                    state_lib.check_finite(state)
+                    with reporter.pause():
+                        results = evaluate(
+                            eval_fn,
+                            state.best_model,
+                            pipeline.eval_batches(
+                                eval_source,
+                                eval_transform,
+                                batch_size=eval_batch_size,
+                                share=share,
+                                threads=config.data.threads,
+                            ),
+                            mesh,
+                        )
+                    reporter.evaluation(step, results)
+
+                if results or step % config.checkpoint.every == 0:
+                    state_lib.check_finite(state)
+                    checkpoints.save(step, state, results)
+
+        # ── End ──────────────────────────────────────────────────────────────────────────────────
+        if interrupt.requested:
+            state_lib.check_finite(state)
+            checkpoints.save(step, state)
+            log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
+        else:
+            log.info("complete        at step %d, in %s", step, workdir)
+    return step == total_steps
+
+
+def main() -> None:
+    """Defines the flags and runs the command."""
+    config = cli.config_flag()
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(lambda: train(config(), pathlib.Path(workdir.value)))
+
+
+if __name__ == "__main__":
+    main()

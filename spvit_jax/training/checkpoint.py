@@ -1,0 +1,241 @@
+"""Checkpoints: asynchronous, atomic, the last n and the best. The only file that knows orbax.
+
+A checkpoint is the train state as nested dictionaries under the names of its leaves, so that
+what is missing, unexpected or of another shape can be said before anything is read.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
+
+from spvit_jax.errors import InputError
+from spvit_jax.training.report import log
+from spvit_jax.training.state import Variables, named_leaves
+
+_FOLDER = "checkpoints"  # in the workdir
+_CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here
+_ITEM = "default"
+_RANKED_BY = "top1"
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last save on exit."""
+
+    def __init__(self, workdir: pathlib.Path, *, keep_last: int, keep_best: int):
+        self._workdir = workdir.resolve()
+        policies = [
+            preservation.LatestN(n=keep_last),
+            preservation.BestN(
+                n=keep_best,
+                get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        self._options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[_RANKED_BY],
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts to save the state after a step; it is copied before this returns.
+
+        Args:
+          step: the number of steps taken.
+          state: a pytree of arrays.
+          metrics: of an evaluation at this step, by which the best checkpoint is kept.
+        """
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.PyTreeSave(_to_tree(state)), metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until what was saved is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract: Any) -> Any | None:
+        """Reads the newest checkpoint that can be read; newer ones are moved aside, and said.
+
+        Args:
+          abstract: a pytree like the state, of shapes with shardings.
+
+        Returns:
+          The state, or None if there is no checkpoint.
+
+        Raises:
+          InputError: the checkpoint is of another model, or there are some and none can be read.
+        """
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            directory = self._workdir / _FOLDER / str(step)
+            try:
+                return _from_tree(_read(directory, _to_tree(abstract)), abstract)
+            except InputError:
+                raise
+            except Exception as error:  # whatever a damaged file makes orbax raise
+                damaged.append(self._move_aside(directory))
+                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+                log.warning(
+                    "checkpoint %d cannot be read and was moved to %s; falling back to the one "
+                    "before it (%s)",
+                    step,
+                    damaged[-1],
+                    reason,
+                )
+        if damaged:
+            raise InputError(
+                f"none of the checkpoints in {self._workdir} could be read; they are now in "
+                f"{damaged[0].parent}. Start the command again to begin from scratch"
+            )
+        return None
+
+    def _move_aside(self, directory: pathlib.Path) -> pathlib.Path:
+        self._manager.close()
+        target = self._workdir / _CORRUPT / directory.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        directory.rename(target)
+        self._manager = self._open()
+        return target
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._workdir / _FOLDER, options=self._options)
+
+
+def exists(workdir: pathlib.Path) -> bool:
+    """Returns whether a workdir holds a complete checkpoint."""
+    return any(path.name.isdigit() for path in (workdir / _FOLDER).glob("*"))
+
+
+def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
+    """Returns the directory of one checkpoint.
+
+    Args:
+      path: a workdir, or a checkpoint in it.
+      which: "best", "last" or a step, where the path is a workdir.
+
+    Raises:
+      InputError: there is no such checkpoint.
+    """
+    if (path / _ITEM).is_dir():
+        return path.resolve()
+    folder = (path / _FOLDER).resolve()
+    if not folder.is_dir():
+        raise InputError(f"{path} is neither a workdir nor a checkpoint: it has no {_FOLDER}/")
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics[_RANKED_BY], read_only=True
+    )
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        steps = {"best": manager.best_step(), "last": manager.latest_step()}
+        step = steps.get(which, which)
+        if step is None:
+            step = manager.latest_step()
+        if not str(step).isdigit() or int(step) not in manager.all_steps():
+            known = ", ".join(str(s) for s in sorted(manager.all_steps())) or "none"
+            raise InputError(f"{path} has no checkpoint {which!r}; its steps are {known}")
+    return folder / str(step)
+
+
+def load_variables(
+    checkpoint: pathlib.Path, like: Variables, *, weights: str = "auto"
+) -> Variables:
+    """Reads the weights alone out of a checkpoint of training.
+
+    Args:
+      checkpoint: from `find`.
+      like: the model's arrays or their shapes with shardings.
+      weights: "ema", "model", or "auto" for the moving average where there is one.
+
+    Raises:
+      InputError: the checkpoint is damaged, of another model, or has no moving average.
+    """
+    if weights not in ("auto", "ema", "model"):
+        raise InputError(f"weights is {weights!r}; expected 'auto', 'ema' or 'model'")
+    try:
+        sections = {name.split("/")[0] for name in _saved_shapes(checkpoint)}
+    except Exception as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+    if weights == "auto":
+        weights = "ema" if "ema" in sections else "model"
+    if weights not in sections:
+        raise InputError(f"checkpoint {checkpoint} has no {weights!r}; choose --weights=model")
+    abstract = {weights: like}
+    try:
+        return _from_tree(_read(checkpoint, _to_tree(abstract), partial=True), abstract)[weights]
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+
+
+def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = False) -> Any:
+    """Reads the arrays of `target`, nested dictionaries of shapes with shardings."""
+    expected = traverse_util.flatten_dict(target, sep="/")
+    saved = _saved_shapes(directory)
+    if partial:
+        sections = {name.split("/")[0] for name in expected}
+        saved = {k: v for k, v in saved.items() if k.split("/")[0] in sections}
+    _check_same({k: tuple(v.shape) for k, v in expected.items()}, saved, directory)
+    restore_args = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), target
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(
+            directory / _ITEM,
+            args=ocp.args.PyTreeRestore(
+                item=target, restore_args=restore_args, partial_restore=partial
+            ),
+        )
+
+
+def _saved_shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory / _ITEM).item_metadata.tree
+    flat = traverse_util.flatten_dict(metadata, sep="/")
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
+
+
+def _check_same(
+    expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], where: pathlib.Path
+) -> None:
+    """Raises one error that shows all names that are missing, unexpected or wrongly shaped."""
+    missing = sorted(expected.keys() - saved.keys())
+    unexpected = sorted(saved.keys() - expected.keys())
+    reshaped = [
+        f"{name} {saved[name]} instead of {expected[name]}"
+        for name in sorted(expected.keys() & saved.keys())
+        if saved[name] != expected[name]
+    ]
+    if missing or unexpected or reshaped:
+        raise InputError(
+            f"checkpoint {where} is of another model. Missing: {_some(missing)}. "
+            f"Unexpected: {_some(unexpected)}. Wrong shape: {_some(reshaped)}."
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + rest
+
+
+def _to_tree(state: Any) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(named_leaves(state), sep="/")
+
+
+def _from_tree(tree: dict[str, Any], like: Any) -> Any:
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in named_leaves(like)])

@@ -1,0 +1,35 @@
+"""Evaluation over a whole split, each example counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from spvit_jax.data.pipeline import BatchIterator
+from spvit_jax.training.report import means
+from spvit_jax.training.sharding import put_batch
+from spvit_jax.training.state import Variables
+
+
+def evaluate(
+    eval_fn: Callable[[Variables, Any], Any], model: Variables, batches: BatchIterator, mesh: Mesh
+) -> dict[str, float]:
+    """Evaluates a model on all batches.
+
+    Args:
+      eval_fn: the jitted `eval_step`.
+      model: the weights.
+      batches: with a mask over padding; closed on return.
+      mesh: over which batches are spread.
+
+    Returns:
+      Mean `loss`, `top1` and `top5` over the examples, and their `count`.
+    """
+    with batches:
+        per_batch = [eval_fn(model, put_batch(batch, mesh)) for batch in batches]
+    totals = jax.tree.map(lambda *values: jnp.stack(values).sum(), *per_batch)
+    return means(totals) | {"count": int(totals["top1"][1])}

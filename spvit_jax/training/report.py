@@ -1,0 +1,185 @@
+"""What a person sees of a run: the summary at its start, the progress bar, and the records.
+
+In the workdir: `train.log` for reading, `metrics.jsonl` and TensorBoard event files for plotting.
+`metrics.jsonl` holds only what is a function of the configuration, so that a run that was killed
+and continued leaves the same bytes as one that was not; speed goes to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Self
+
+import jax
+from clu import metric_writers, parameter_overview
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from spvit_jax import config as config_lib
+from spvit_jax.models import ViTConfig
+from spvit_jax.models.complexity import count_macs, count_parameters
+from spvit_jax.training.state import Metrics
+
+log = logging.getLogger("spvit_jax")
+
+
+def start_logging(workdir: pathlib.Path) -> None:
+    """Sends this project's log lines to the standard error and to `train.log` in the workdir."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
+    for handler in (logging.StreamHandler(), logging.FileHandler(workdir / "train.log")):
+        handler.setFormatter(form)
+        log.addHandler(handler)
+
+
+def summarize(
+    config: ConfigDict,
+    model: ViTConfig,
+    params: nnx.State,
+    *,
+    num_train: int,
+    num_eval: int,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Prints the resolved configuration, the parameters, and what follows from the settings."""
+    steps_per_epoch = num_train / config.data.batch_size
+    per_1024 = config.optim.lr * 1024 / config.data.batch_size
+    if config.optim.ema:
+        horizon = 1 / (1 - config.optim.ema) / steps_per_epoch
+        average = f"decay {config.optim.ema:g}, a horizon of {horizon:.3g} epochs"
+    else:
+        average = "off"
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(params)
+    )
+    table = parameter_overview.get_parameter_overview(_str_keys(shapes), include_stats=False)
+    lines = [
+        "configuration\n" + config_lib.to_json(config),
+        f"parameters\n{table}",
+        f"model           {config.model.name} at {'×'.join(map(str, model.image_shape))} pixels, "
+        f"{count_parameters(model):,} parameters, {2e-9 * count_macs(model):.4g} GFLOPs per image",
+        f"data            {config.data.dataset}: {num_train:,} to train on, {num_eval:,} to "
+        "evaluate on",
+        f"devices         {mesh.size} × {mesh.devices.flat[0].device_kind} as data "
+        f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']}",
+        f"schedule        {config.schedule.total:,} steps of {config.data.batch_size} images, "
+        f"{config.schedule.total / steps_per_epoch:.4g} epochs",
+        f"learning rate   {config.optim.lr:g}, which is {per_1024:.4g} per 1024 images",
+        f"moving average  {average}",
+    ]
+    log.info("%s", "\n".join(lines))
+
+
+class Reporter:
+    """The progress of a run on a terminal and in its records; a context manager."""
+
+    def __init__(
+        self, workdir: pathlib.Path, *, start_step: int, total_steps: int, batch_size: int
+    ):
+        self._path = workdir / "metrics.jsonl"
+        self._batch_size = batch_size
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._stack = contextlib.ExitStack()
+        _forget_after(self._path, start_step)
+
+    def __enter__(self) -> Self:
+        self._records = self._stack.enter_context(self._path.open("a"))
+        self._writer = metric_writers.SummaryWriter(str(self._path.parent))
+        self._stack.callback(self._writer.close)
+        self._stack.enter_context(logging_redirect_tqdm(loggers=[log]))
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=self._total_steps,
+                initial=self._start_step,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+                dynamic_ncols=True,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {postfix}",
+            )
+        )
+        self._reset_clock(self._start_step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        self._bar.update()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock that images per second are measured with."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
+    def train(self, step: int, metrics: Metrics, learning_rate: float) -> None:
+        """Reports the training metrics since the last report."""
+        values = means(metrics) | {"lr": learning_rate}
+        speed = (step - self._clock_step) * self._batch_size / (time.monotonic() - self._clock)
+        seconds = (self._total_steps - step) * self._batch_size / speed
+        left = datetime.timedelta(seconds=round(seconds))
+        self._record("train", step, values)
+        self._writer.write_scalars(step, {"train/images_per_second": speed})
+        text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
+        self._bar.set_postfix_str(f"{text}  left {left}")
+        log.info(
+            "step %d/%d  %s  lr %.3g  left %s", step, self._total_steps, text, learning_rate, left
+        )
+        self._reset_clock(step)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Reports an evaluation."""
+        self._record("eval", step, values)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        log.info("step %d/%d  evaluation: %s", step, self._total_steps, text)
+
+    def _record(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        named = {f"{prefix}/{name}": value for name, value in values.items()}
+        self._writer.write_scalars(step, named)
+        self._records.write(json.dumps({"step": step, **named}) + "\n")
+        self._records.flush()
+
+    def _reset_clock(self, step: int) -> None:
+        self._clock, self._clock_step = time.monotonic(), step
+
+
+def means(metrics: Metrics) -> dict[str, float]:
+    """Returns sum over count of each metric."""
+    return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+def _forget_after(path: pathlib.Path, step: int) -> None:
+    """Drops the records after a step: they will be made again, the same."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # cut off by a kill; nothing follows it
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _str_keys(tree: dict) -> dict:
+    return {str(k): _str_keys(v) if isinstance(v, dict) else v for k, v in tree.items()}

@@ -1,0 +1,132 @@
+"""Where arrays live: the mesh (data, fsdp) and the rules that place every leaf of the state.
+
+Model code has no sharding in it. The batch is split over both axes; a parameter, and with it its
+moments and its average, is split over `fsdp` or replicated, as the first matching rule says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spvit_jax.errors import InputError, nearest
+from spvit_jax.training.state import map_named
+
+# (pattern of a leaf's name, placement): "split" is the largest dimension that divides over the
+# fsdp axis, "replicate" every device. The rules must match every leaf.
+Rules = Sequence[tuple[str, str]]
+
+PRESETS: dict[str, Rules] = {
+    "replicated": ((r".*", "replicate"),),
+    "fsdp": (
+        (r"(^|/)(step|nan_step|count|metrics/.*)$", "replicate"),
+        (r"(^|/)(mean|var)$", "replicate"),
+        (r"(^|/)(kernel|bias|scale|gamma|w1|b1|w2|b2)$", "split"),
+        (r"(^|/)(pos_embed|cls_token|dist_token)$", "split"),
+    ),
+}
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices in a mesh of two axes.
+
+    Args:
+      data: size of the axis over which parameters are replicated; -1 for all that fsdp leaves.
+      fsdp: size of the axis over which parameters are split.
+      devices: all of this run's if not given.
+
+    Raises:
+      InputError: data · fsdp is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if data == -1 and fsdp > 0 and count % fsdp == 0:
+        data = count // fsdp
+    if data < 1 or data * fsdp != count:
+        raise InputError(
+            f"mesh.data={data} and mesh.fsdp={fsdp} do not make up the {count} devices; "
+            "their product must, and mesh.data=-1 takes what fsdp leaves"
+        )
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=devices)
+
+
+def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
+    """Returns a pytree of shardings like `state`.
+
+    Args:
+      state: a pytree of arrays or of their shapes, with leaf names as in `state.leaf_name`.
+      mesh: from `make_mesh`.
+      preset: one of `PRESETS`.
+
+    Raises:
+      InputError: there is no such preset.
+      ValueError: a leaf matches none of its rules.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"unknown mesh.sharding {preset!r}{nearest(preset, PRESETS)}")
+    rules = PRESETS[preset]
+
+    def place(name: str, leaf: Any) -> NamedSharding:
+        for pattern, placement in rules:
+            if re.search(pattern, name):
+                spec = P() if placement == "replicate" else _split(leaf.shape, mesh.shape["fsdp"])
+                return NamedSharding(mesh, spec)
+        raise ValueError(f"no sharding rule of preset {preset!r} matches {name!r}; add one")
+
+    return map_named(place, state)
+
+
+def plan(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
+    """Returns what `create` would make, as shapes with shardings, and the shardings alone."""
+    shapes = jax.eval_shape(create)
+    shardings = state_shardings(shapes, mesh, preset)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    return placed, shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: examples over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes the global batch of what each process has read."""
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()
+    }
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """Returns the smallest batch size from `batch_size` on that splits over the devices."""
+    return -(-max(batch_size, 1) // mesh.size) * mesh.size
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
+    """Raises an `InputError` if a batch cannot be split evenly over the devices."""
+    parts = mesh.size * accumulate
+    if batch_size < 1 or batch_size % parts:
+        raise InputError(
+            f"data.batch_size is {batch_size}; expected a multiple of {parts}: {mesh.size} devices"
+            + (f" times {accumulate} micro-batches" if accumulate > 1 else "")
+        )
+
+
+def _split(shape: tuple[int, ...], parts: int) -> P:
+    """Splits the largest dimension that divides, the first of equals; none if none does."""
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0 and size >= parts]
+    if parts == 1 or not divisible:
+        return P()
+    axis = max(divisible, key=lambda axis: shape[axis])
+    return P(*(None,) * axis, "fsdp")

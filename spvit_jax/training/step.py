@@ -1,0 +1,176 @@
+"""One step of training and one of evaluation, as pure functions of their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from spvit_jax.data import mix
+from spvit_jax.training import losses
+from spvit_jax.training.state import METRICS, Metrics, TrainState, Variables
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the step needs to know of the configuration; static."""
+
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    label_smoothing: float = 0.0
+    dense_weight: float = 1.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    switch_probability: float = 0.5
+    accumulate: int = 1
+    ema: float = 0.0
+
+    @classmethod
+    def of(cls, config: ConfigDict, num_classes: int) -> Recipe:
+        """Takes the recipe out of a configuration."""
+        return cls(
+            num_classes=num_classes,
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+            label_smoothing=config.loss.label_smoothing,
+            dense_weight=config.loss.dense_weight,
+            mixup=config.augment.mixup,
+            cutmix=config.augment.cutmix,
+            mix_probability=config.augment.mix_probability,
+            switch_probability=config.augment.switch_probability,
+            accumulate=config.optim.accumulate,
+            ema=config.optim.ema,
+        )
+
+
+def key_for(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
+    """Returns the random key of one use at one step: a function of its arguments alone."""
+    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+) -> TrainState:
+    """Takes one step.
+
+    Args:
+      state: before the step; donated when jitted.
+      batch: `image` uint8 [B, h, w, 3] and `label` int32 [B].
+      rng: the run's root key, the same at every step.
+      optimizer: as made by `make_optimizer`.
+      recipe: static settings.
+
+    Returns:
+      The state after the step, with the step's metrics added to its sums.
+    """
+    images = mix.normalize(batch["image"], recipe.mean, recipe.std)
+    targets = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
+    images, targets = mix.mix(
+        images,
+        targets,
+        key_for(rng, "mix", state.step),
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        probability=recipe.mix_probability,
+        switch_probability=recipe.switch_probability,
+    )
+    grads, stats, metrics = _gradients(
+        state.model, images, targets, key_for(rng, "drop_path", state.step), recipe
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
+    params = optax.apply_updates(state.model.params, updates)
+    model = state.model.replace(params=params, stats=stats)
+
+    step = state.step + 1
+    loss_sum, count = metrics["loss"]
+    is_first_nan = ~jnp.isfinite(loss_sum / count) & (state.nan_step < 0)
+    metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+    return TrainState(
+        step=step,
+        model=model,
+        ema=state.ema and optax.incremental_update(model, state.ema, 1 - recipe.ema),
+        opt_state=opt_state,
+        metrics=jax.tree.map(jnp.add, state.metrics, {name: metrics[name] for name in METRICS}),
+        nan_step=jnp.where(is_first_nan, step, state.nan_step),
+    )
+
+
+def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
+    """Evaluates a batch.
+
+    Args:
+      model: the weights.
+      batch: `image` uint8 [B, h, w, 3], `label` int32 [B] and `mask` float32 [B], 0 for padding.
+      recipe: static settings; only how to normalise is used.
+
+    Returns:
+      (sum, count) of `loss` (cross-entropy with the label), `top1` and `top5`.
+    """
+    logits = model.model()(mix.normalize(batch["image"], recipe.mean, recipe.std))
+    labels, mask = batch["label"], batch["mask"]
+    ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    values = {"loss": loss, "top1": ranked[:, 0], "top5": ranked.any(axis=1)}
+    count = mask.sum()
+    return {name: ((value * mask).sum(), count) for name, value in values.items()}
+
+
+def _gradients(
+    model: Variables, images: jax.Array, targets: jax.Array, key: jax.Array, recipe: Recipe
+) -> tuple[nnx.State, nnx.State, Metrics]:
+    """Returns the mean gradient over the batch, BatchNorm's new statistics, and metrics.
+
+    The batch is taken in `accumulate` micro-batches, one after the other; BatchNorm normalises
+    within each.
+    """
+
+    def loss_fn(
+        params: nnx.State, stats: nnx.State, images: jax.Array, targets: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
+        module = model.replace(params=params, stats=stats).model(train=True)
+        outputs = module(images, key)
+        loss = losses.classification_loss(outputs, targets, recipe.dense_weight)
+        correct = outputs.evaluation_logits().argmax(-1) == targets.argmax(-1)
+        return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())
+
+    def accumulate(carry: Any, micro: Any) -> tuple[Any, None]:
+        grads, stats, loss, correct = carry
+        images, targets, index = micro
+        (new_loss, (stats, new_correct)), new_grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            model.params, stats, images, targets, jax.random.fold_in(key, index)
+        )
+        grads = jax.tree.map(jnp.add, grads, new_grads)
+        return (grads, stats, loss + new_loss, correct + new_correct), None
+
+    parts = recipe.accumulate
+    count = jnp.float32(images.shape[0])
+    zeros = jax.tree.map(jnp.zeros_like, model.params)
+    carry = (zeros, model.stats, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    if parts == 1:
+        carry, _ = accumulate(carry, (images, targets, 0))
+    else:
+        micro = (_micro_batches(images, parts), _micro_batches(targets, parts), jnp.arange(parts))
+        carry, _ = jax.lax.scan(accumulate, carry, micro)
+    grads, stats, loss, correct = carry
+    grads = jax.tree.map(lambda grad: grad / parts, grads)
+    return grads, stats, {"loss": (loss / parts * count, count), "top1": (correct * 1.0, count)}
+
+
+def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
+    """Cuts [B, ...] into [parts, B/parts, ...] so that each device keeps its own examples."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
