@@ -14,7 +14,7 @@ from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Parses the flags and runs a command; an `InputError` is one line and exit code 2."""
 
     def guarded(argv: list[str]) -> None:
@@ -65,4 +65,5 @@ def config_flag() -> Callable[[], ConfigDict]:
     from ml_collections import config_flags
 
     holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
+    flags.mark_flag_as_required("config")
     return lambda: holder.value

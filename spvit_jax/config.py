@@ -77,7 +77,7 @@ def base() -> ConfigDict:
     data.eval_batch_size = 1024  # images per step of evaluation
     data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale of 0 to 1
     data.std = (0.229, 0.224, 0.225)  # likewise
-    data.threads = placeholder(int)  # for decoding; None: as many as tf.data finds useful
+    data.threads = placeholder(int)  # for decoding; None: one per core
 
     config.augment = augment = ConfigDict()
     augment.crop_scale = (0.08, 1.0)  # random crop's share of the image's area

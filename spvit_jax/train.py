@@ -170,8 +170,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag()
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; created if need be.", required=True
+    )
     cli.run(lambda: train(config(), pathlib.Path(workdir.value)))
 
 

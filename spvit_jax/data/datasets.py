@@ -7,8 +7,7 @@ images and labels. Which examples make up which batch is decided in `pipeline.py
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -65,7 +64,7 @@ class TfdsSource:
             )
         self.num_classes = features["label"].num_classes
         try:
-            self._records: Sequence[dict] = builder.as_data_source(
+            self._records: Any = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
         except (ValueError, KeyError) as error:

@@ -8,6 +8,7 @@ step k, and touches nothing before it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -90,7 +91,7 @@ def train_batches(
       seed: of order and augmentation.
       start_step: the step of the first batch.
       share: which part of each batch this process reads.
-      threads: for decoding; None leaves the number to tf.data. The batches do not depend on it.
+      threads: for decoding; None for one per core. The batches do not depend on it.
 
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
@@ -190,12 +191,11 @@ def _read(
             ordinal,
         )
 
-    parallel = tf.data.AUTOTUNE if threads is None else threads
+    parallel = threads or os.cpu_count() or 1
     examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()
     made = examples.map(make, num_parallel_calls=parallel, deterministic=True)
     batches = made.batch(batch_size, drop_remainder=True).prefetch(2)
-    if threads is not None:
-        options = tf.data.Options()
-        options.threading.private_threadpool_size = threads
-        batches = batches.with_options(options)
-    return batches
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = parallel
+    options.autotune.enabled = False  # its thread can take a minute to end with the iterator
+    return batches.with_options(options)

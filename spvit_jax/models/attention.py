@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.models.initializers import linear_kernel
+from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
 
 def attention_weights(
     q: jax.Array, k: jax.Array, gain: jax.Array | None = None, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Computes A = softmax(G ⊙ QKᵀ/√d + B), in float32 whatever the inputs' dtype.
+    """Computes A = softmax(G ⊙ QKᵀ/√d + B), in float32 at least, whatever the inputs' dtype.
 
     Args:
       q: queries [B, n, H, d].
@@ -26,9 +27,9 @@ def attention_weights(
       bias: B, likewise; None stands for 0. An entry of -inf removes a pair.
 
     Returns:
-      Attention weights [B, H, n, m], float32, each row summing to 1.
+      Attention weights [B, H, n, m], float32 or float64, each row summing to 1.
     """
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=accumulation_dtype(q.dtype))
     scores = scores * q.shape[-1] ** -0.5
     if gain is not None:
         scores = scores * gain

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from spvit_jax.models.layers import depthwise_conv
 from spvit_jax.models.vit import ViTConfig
 
 
@@ -34,21 +33,20 @@ def macs_of(function: Callable[..., Any], *args: Any) -> int:
     return _macs_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _macs_of_jaxpr(jaxpr: core.Jaxpr) -> int:
+def _macs_of_jaxpr(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
+        shapes = [variable.aval.shape for variable in eqn.invars]
+        outputs = math.prod(eqn.outvars[0].aval.shape)
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+            total += outputs * math.prod(shapes[0][axis] for axis in contracted)
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            outputs = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
-        elif eqn.params.get("name") == depthwise_conv.__name__:
+            channels = eqn.params["dimension_numbers"].rhs_spec[0]
+            total += outputs * math.prod(shapes[1]) // shapes[1][channels]
+        elif eqn.params.get("name") == "depthwise_conv":
             # Shifted products, which count as the convolution that they are.
-            kernel = eqn.invars[1].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[:2])
+            total += outputs * math.prod(shapes[1][:2])
         else:
-            total += sum(_macs_of_jaxpr(inner) for inner in jax.core.jaxprs_in_params(eqn.params))
+            total += sum(_macs_of_jaxpr(inner) for inner in core.jaxprs_in_params(eqn.params))
     return total

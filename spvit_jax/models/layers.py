@@ -6,12 +6,19 @@ Attention is in `attention.py`, the blocks themselves in the files of the famili
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.models.initializers import conv_bias, conv_kernel, linear_kernel
 from spvit_jax.models.spatial import Grid
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Returns the dtype of sums and softmaxes over `dtype`: float32, or float64 for itself."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Mlp(nnx.Module):
@@ -84,8 +91,9 @@ class ConvStem(nnx.Module):
             )
 
         def norm() -> nnx.BatchNorm:
-            # Statistics in float32; flax's momentum is one minus torch's.
-            return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+            # flax's momentum is one minus torch's.
+            precise = accumulation_dtype(dtype)
+            return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=precise, rngs=rngs)
 
         self.conv1, self.bn1 = conv(3, 7, 2, 3), norm()
         self.conv2, self.bn2 = conv(width, 3, 1, 1), norm()
@@ -143,5 +151,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     (rows, columns), (h, w) = kernel.shape[:2], x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
-    shifts = [(i, j) for i in range(rows) for j in range(columns)]
-    return sum(x[:, i : i + h, j : j + w] * kernel[i, j, 0] for i, j in shifts)
+    shifted = [
+        x[:, i : i + h, j : j + w] * kernel[i, j, 0] for i in range(rows) for j in range(columns)
+    ]
+    return functools.reduce(jnp.add, shifted)

@@ -98,8 +98,9 @@ class SpatialPrior(nnx.Module):
         delta = offsets(grid)
         if self.extent is not None:
             h, w = grid
-            delta = delta * np.array([self.extent / w, self.extent / h], np.float32)
-        hidden = jnp.einsum("yxk,hdk->hdyx", delta, self.w1[...])
+            delta = delta * np.array([self.extent / w, self.extent / h])
+        w1 = self.w1[...]
+        hidden = jnp.einsum("yxk,hdk->hdyx", jnp.asarray(delta, w1.dtype), w1)
         hidden = jax.nn.relu(hidden + self.b1[...][:, :, None, None])
         # A weighted sum rather than a product of matrices, which fuses with the line above.
         weighted = (self.w2[...][:, :, None, None] * hidden).sum(axis=1)

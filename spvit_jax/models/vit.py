@@ -19,7 +19,15 @@ from flax import nnx, struct
 from spvit_jax.errors import InputError
 from spvit_jax.models.attention import Attention
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import ConvStem, LayerScale, Mlp, PatchEmbed, PosConv, drop_path
+from spvit_jax.models.layers import (
+    ConvStem,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    PosConv,
+    accumulation_dtype,
+    drop_path,
+)
 from spvit_jax.models.spatial import Grid, LocalityMask
 
 MaskSchedule = tuple[tuple[int, int], ...]  # ((number of layers, masked heads in each), ...)
@@ -91,7 +99,7 @@ class ViTConfig:
         if not 0 <= self.drop_path < 1:
             raise InputError(f"drop_path is {self.drop_path}; expected a rate in [0, 1)")
         if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise InputError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+            raise InputError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float64")
         self._check_masked_heads()
         LocalityMask(0, self.mask_shape, self.mask_kind)
 
@@ -268,8 +276,12 @@ class ViT(nnx.Module):
         Returns:
           Evaluation logits [B, C] float32, or `Outputs` in train mode.
         """
-        outputs = self.classify(self.encode(self.embed(images), key))
+        outputs = self.outputs(images, key)
         return outputs.evaluation_logits() if self.deterministic else outputs
+
+    def outputs(self, images: jax.Array, key: jax.Array | None = None) -> Outputs:
+        """Returns the logits of all heads, in either mode; arguments as in a call."""
+        return self.classify(self.encode(self.embed(images), key))
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Returns the patch tokens [B, h, w, D] of images, without positions."""
@@ -324,12 +336,13 @@ class ViT(nnx.Module):
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the heads to normalised tokens [B, P+N, D]."""
         prefix = self.config.num_prefix
-        logits = self.head(tokens[:, 0]).astype(jnp.float32)
+        precise = accumulation_dtype(tokens.dtype)
+        logits = self.head(tokens[:, 0]).astype(precise)
         distilled = dense = None
         if self.dist_head is not None:
-            distilled = self.dist_head(tokens[:, 1]).astype(jnp.float32)
+            distilled = self.dist_head(tokens[:, 1]).astype(precise)
         if self.dense_head is not None:
-            dense = self.dense_head(tokens[:, prefix:]).astype(jnp.float32)
+            dense = self.dense_head(tokens[:, prefix:]).astype(precise)
         return Outputs(logits, distilled, dense)
 
     def _prepend_prefix(self, x: jax.Array) -> jax.Array:

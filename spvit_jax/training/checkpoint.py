@@ -12,10 +12,12 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from flax import traverse_util
+from flax import nnx, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from spvit_jax.errors import InputError
+from spvit_jax.models import ViTConfig
+from spvit_jax.training import sharding
 from spvit_jax.training.report import log
 from spvit_jax.training.state import Variables, named_leaves
 
@@ -180,6 +182,23 @@ def load_variables(
         raise
     except Exception as error:
         raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+
+
+def load_model(
+    path: pathlib.Path,
+    config: ViTConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    preset: str = "replicated",
+    which: str = "best",
+    weights: str = "auto",
+) -> Variables:
+    """Reads the weights of a model from a workdir or a checkpoint, onto a mesh.
+
+    `which` is as in `find`, `weights` as in `load_variables`, `preset` as in `sharding`.
+    """
+    like, _ = sharding.plan(lambda: Variables.of(config.build(nnx.Rngs(0))), mesh, preset)
+    return load_variables(find(path, which=which), like, weights=weights)
 
 
 def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = False) -> Any:

@@ -14,8 +14,7 @@ from spvit_jax.models import ViT
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count) under each name
 
 
-@struct.dataclass
-class Variables:
+class Variables(struct.PyTreeNode):
     """A model taken apart: its arrays as pytrees, its structure as static data.
 
     Attributes:
@@ -31,7 +30,8 @@ class Variables:
     @classmethod
     def of(cls, model: ViT) -> Self:
         """Takes a model apart."""
-        graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+        graphdef = nnx.graphdef(model)
+        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return cls(params=params, stats=stats, graphdef=graphdef)
 
     def model(self, *, train: bool = False) -> ViT:
@@ -42,8 +42,7 @@ class Variables:
         return model
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """The state of training; all of it is saved, and nothing else is needed to go on.
 
     Attributes:

@@ -121,7 +121,8 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
     Returns:
       (sum, count) of `loss` (cross-entropy with the label), `top1` and `top5`.
     """
-    logits = model.model()(mix.normalize(batch["image"], recipe.mean, recipe.std))
+    images = mix.normalize(batch["image"], recipe.mean, recipe.std)
+    logits = model.model().outputs(images).evaluation_logits()
     labels, mask = batch["label"], batch["mask"]
     ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -143,7 +144,7 @@ def _gradients(
         params: nnx.State, stats: nnx.State, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
         module = model.replace(params=params, stats=stats).model(train=True)
-        outputs = module(images, key)
+        outputs = module.outputs(images, key)
         loss = losses.classification_loss(outputs, targets, recipe.dense_weight)
         correct = outputs.evaluation_logits().argmax(-1) == targets.argmax(-1)
         return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())

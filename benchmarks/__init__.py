@@ -1,0 +1,1 @@
+"""Measurements quoted in the README, each a command of its own."""

@@ -1,0 +1,158 @@
+"""Shows what the heads of a checkpoint learned about space, as a picture and as JSON.
+
+    python -m spvit_jax.explain --config=configs/digits.py --checkpoint=runs/digits --output=DIR
+
+`priors.png` has the learned gain of each SP-SA layer and head as a map over the offset from query
+to key; `explain.json` has the same numbers, and each head's attention locality score.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from spvit_jax import cli
+from spvit_jax import config as config_lib
+from spvit_jax.data import datasets, mix, pipeline
+from spvit_jax.data.augment import EvalTransform
+from spvit_jax.models import ViT
+from spvit_jax.models.spatial import LocalityMask
+from spvit_jax.training import checkpoint, sharding
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+
+def learned_priors(model: ViT) -> dict[int, np.ndarray]:
+    """Returns, for each layer with SP-SA, the gain per head and offset [H, 2h-1, 2w-1]."""
+    return {
+        layer: np.asarray(block.attn.prior.table(model.config.grid))
+        for layer, block in enumerate(model.blocks)
+        if block.attn.prior is not None
+    }
+
+
+def locality_scores(model: ViT, images: jax.Array) -> np.ndarray:
+    """Returns the attention locality score of each layer and head (MaiT §3.3).
+
+    Args:
+      model: in evaluation mode.
+      images: [B, height, width, 3], normalised.
+
+    Returns:
+      [depth, H]: the attention inside the model's neighbourhood, averaged over queries and
+      images. Prefix tokens count as near: a query's attention to them is local.
+    """
+    config = model.config
+    mask = LocalityMask(config.num_heads, config.mask_shape)
+    scores = []
+    for weights in model.attention_maps(images):
+        num_prefix = weights.shape[-1] - config.grid[0] * config.grid[1]
+        near = mask.neighbourhood(config.grid, num_prefix)
+        scores.append(jnp.where(near, weights, 0).sum(-1).mean((0, 2)))
+    return np.asarray(jnp.stack(scores))
+
+
+def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
+    """Draws the priors, a row per layer and a column per head, as a PNG file."""
+    heads = next(iter(priors.values())).shape[0]
+    spread = max(float(np.abs(table - 1).max()) for table in priors.values())
+    figure, axes = plt.subplots(
+        len(priors),
+        heads,
+        figsize=(2.2 * heads + 1, 2.2 * len(priors) + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (layer, tables) in zip(axes, priors.items(), strict=True):
+        for head, (axis, table) in enumerate(zip(row, tables, strict=True)):
+            dy, dx = table.shape[0] // 2, table.shape[1] // 2
+            image = axis.imshow(
+                table,
+                extent=(-dx - 0.5, dx + 0.5, dy + 0.5, -dy - 0.5),
+                cmap="RdBu_r",
+                vmin=1 - spread,
+                vmax=1 + spread,
+            )
+            axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+            axis.tick_params(labelsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("dx in patches", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("dy in patches", fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="gain G (1 is plain attention)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+    """Writes `explain.json` and, for a model with SP-SA, `priors.png` into the output folder.
+
+    Args:
+      config: as `spvit_jax.config.base`; its model must be the checkpoint's.
+      path: a workdir of training, whose best checkpoint is taken, or one checkpoint.
+      output: folder; created if need be.
+
+    Returns:
+      What `explain.json` holds.
+
+    Raises:
+      InputError: the configuration, the data or the checkpoint cannot be used.
+    """
+    data = config.data
+    source = datasets.load(data.dataset, data.eval_split, data.data_dir)
+    model_config = config_lib.model_settings(config, num_classes=source.num_classes)
+    model = checkpoint.load_model(path, model_config, sharding.make_mesh(-1, 1)).model()
+
+    with pipeline.eval_batches(
+        source,
+        EvalTransform.of(config, model_config.image_shape),
+        batch_size=min(len(source), data.eval_batch_size),
+        threads=data.threads,
+    ) as batches:
+        images = mix.normalize(jnp.asarray(next(batches)["image"]), data.mean, data.std)
+
+    priors = learned_priors(model)
+    result = {
+        "locality_scores": locality_scores(model, images).tolist(),
+        "priors": {str(layer): table.tolist() for layer, table in priors.items()},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "explain.json").write_text(json.dumps(result) + "\n")
+    if priors:
+        plot_priors(priors, output / "priors.png")
+    return result
+
+
+def main() -> None:
+    """Defines the flags and runs the command."""
+    config = cli.config_flag()
+    path = flags.DEFINE_string(
+        "checkpoint", None, "Workdir of training, or a checkpoint in it.", required=True
+    )
+    output = flags.DEFINE_string(
+        "output", None, "Folder for the picture and the JSON file.", required=True
+    )
+
+    def run() -> None:
+        result = explain(config(), pathlib.Path(path.value), pathlib.Path(output.value))
+        print("attention locality score of each head (1: only its neighbourhood)")
+        for layer, scores in enumerate(result["locality_scores"]):
+            print(f"  layer {layer}: " + "  ".join(f"{score:.2f}" for score in scores))
+        if result["priors"]:
+            print(f"learned priors: {pathlib.Path(output.value) / 'priors.png'}")
+
+    cli.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Names, fields and their errors; exact parameter counts and multiply-adds."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from spvit_jax.errors import InputError
+from spvit_jax.models import create_model, list_models, model_config
+from spvit_jax.models.complexity import count_macs, count_parameters
+
+# Model: parameters and GMACs at 224, the same at 384 (where they are known).
+COUNTS = {
+    "deit_ti": (5_717_416, 1.25, 5_790_376, 4.68),
+    "deit_s": (22_050_664, 4.60, 22_196_584, 15.49),
+    "deit_b": (86_567_656, 17.56, 86_859_496, 55.48),
+    "deit_ti_distilled": (5_910_800, 1.26, None, None),
+    "deit_s_distilled": (22_436_432, 4.62, None, None),
+    "deit_b_distilled": (87_338_192, 17.66, None, None),
+    "lvvit_t": (8_534_720, 2.87, 8_625_920, 9.68),
+    "lvvit_s": (26_151_824, 6.55, 26_297_744, 21.90),
+    "lvvit_m": (55_830_544, 12.68, 56_025_104, 41.64),
+    "lvvit_l": (150_021_968, 34.64, 150_313_808, 109.58),
+    "spvit_s": (26_234_468, 6.55, 26_380_388, 21.92),
+    "spvit_m": (55_952_992, 12.67, 56_147_552, 41.68),
+    "spvit_l": (150_273_368, 34.55, 150_565_208, 109.59),
+}
+MILLIONS = {"mait_xt": 6.3, "mait_t": 11, "mait_xs": 24.5, "mait_s": 43.3}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_and_macs_are_exact(name):
+    params_224, macs_224, params_384, macs_384 = COUNTS[name]
+    config = model_config(name)
+    assert count_parameters(config) == params_224
+    assert round(count_macs(config) / 1e9, 2) == macs_224
+    if params_384:
+        config = model_config(name, image_size=384)
+        assert count_parameters(config) == params_384
+        assert round(count_macs(config) / 1e9, 2) == macs_384
+
+
+def test_spvit_m_with_the_ablations_18_layers():
+    assert count_parameters(model_config("spvit_m", spatial_layers=18)) == 55_969_440
+    config = model_config("spvit_m", spatial_layers=18, image_size=384)
+    assert count_parameters(config) == 56_164_000
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_mait_has_the_papers_size_and_masks_cost_no_parameters(name):
+    count = count_parameters(model_config(name))
+    assert count / 1e6 == pytest.approx(MILLIONS[name], rel=0.01)
+    assert count == count_parameters(model_config(name, masked_heads=None))
+
+
+def test_layer_scale_adds_two_factors_per_channel_and_layer():
+    plain, scaled = model_config("mait_s"), model_config("mait_s_layerscale")
+    assert count_parameters(scaled) - count_parameters(plain) == 2 * 384 * 24
+
+
+def test_default_mask_schedule_is_thirds():
+    assert model_config("mait_s").masked_per_layer() == [6] * 8 + [1] * 8 + [0] * 8
+    assert model_config("mait_t", depth=36).masked_per_layer() == [3] * 12 + [1] * 12 + [0] * 12
+
+
+def test_list_models_takes_a_pattern():
+    assert list_models("spvit*") == ["spvit_l", "spvit_m", "spvit_s"]
+    assert "mait_s_layerscale" in list_models()
+
+
+@pytest.mark.parametrize("size", [224, (160, 256), 240, 336])
+def test_any_grid_builds(size):
+    small = {"depth": 2, "dim": 24, "num_heads": 3, "stem_width": 8, "spatial_layers": 1}
+    config = model_config("spvit_s", image_size=size, **small)
+    images = jax.ShapeDtypeStruct((2, *config.image_shape, 3), jnp.float32)
+    logits = jax.eval_shape(lambda images: config.build(nnx.Rngs(0))(images), images)
+    assert logits.shape == (2, 1000)
+
+
+def test_same_seed_same_weights():
+    def leaves(seed):
+        model = create_model("deit_ti", depth=1, image_size=32, rngs=nnx.Rngs(seed))
+        return jax.tree.leaves(nnx.state(model))
+
+    same = [bool((a == b).all()) for a, b in zip(leaves(1), leaves(1), strict=True)]
+    other = [bool((a == b).all()) for a, b in zip(leaves(1), leaves(2), strict=True)]
+    assert all(same)
+    assert not all(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("spvit_x", {}, "did you mean 'spvit_"),
+        ("spvit_s", {"spatial_layer": 3}, "did you mean 'spatial_layers'"),
+        ("spvit_s", {"spatial_layers": 16}, "at most 15"),
+        ("spvit_s", {"spatial_layers": -1}, "at most 15"),
+        ("deit_s", {"image_size": 225}, "225×225 is not a multiple of patch_size 16"),
+        ("deit_s", {"image_size": (224, 230)}, "224×230"),
+        ("lvvit_s", {"patch_size": 7}, "even"),
+        ("deit_s", {"num_heads": 5}, "dim 384 is not a multiple of num_heads 5"),
+        ("mait_s", {"masked_heads": ((8, 6), (8, 1))}, "covers 16 layers, the model has 24"),
+        ("mait_s", {"masked_heads": ((8, 7), (16, 1))}, "asks for 7 masked heads"),
+        ("mait_s", {"masked_heads": "halves"}, "'thirds'"),
+        ("mait_s", {"mask_kind": "fuzzy"}, "'soft' or 'hard'"),
+        ("deit_s", {"drop_path": 1.0}, "rate in"),
+        ("deit_s", {"dtype": "float16"}, "expected float32, bfloat16"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(name, overrides, words):
+    with pytest.raises(InputError, match=words.replace("(", r"\(")):
+        create_model(name, **overrides)
+
+
+def test_models_run_without_tensorflow():
+    """In an interpreter in which importing TensorFlow, or the data code, is an error."""
+    program = """
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
+sys.modules["spvit_jax.data"] = None
+import jax, jax.numpy as jnp
+from spvit_jax.models import create_model
+small = dict(image_size=32, depth=2, dim=24, num_heads=3)
+def logits(images):
+    return create_model("spvit_s", spatial_layers=1, **small)(images)
+print(jax.jit(logits)(jnp.zeros((1, 32, 32, 3))).shape)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "(1, 1000)\n", result.stderr

@@ -1,0 +1,171 @@
+"""The models against an independent NumPy float64 implementation, weights far from initial."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spvit_jax.errors import InputError
+from spvit_jax.models import layers as layers_lib
+from spvit_jax.training.state import named_leaves
+from tests.models import reference
+from tests.models.weights import random_variables, run
+
+SMALL = {"image_size": (40, 64), "patch_size": 4, "dim": 24, "num_heads": 3, "num_classes": 7}
+IMAGES = jax.random.normal(jax.random.key(1), (2, 40, 64, 3))
+
+CASES = {
+    "deit": ("deit_ti", {"depth": 3}),
+    "deit_distilled": ("deit_ti_distilled", {"depth": 3}),
+    "lvvit": ("lvvit_s", {"depth": 3, "stem_width": 8}),
+    "spvit": ("spvit_s", {"depth": 4, "stem_width": 8, "spatial_layers": 3}),
+    "spvit_no_prior": ("spvit_s", {"depth": 2, "stem_width": 8, "spatial_layers": 0}),
+    "spvit_extent": (
+        "spvit_s",
+        {"depth": 2, "stem_width": 8, "spatial_layers": 1, "prior_extent": 14},
+    ),
+    "mait_soft": ("mait_t", {"depth": 3}),
+    "mait_hard_3x5": (
+        "mait_t",
+        {"depth": 4, "masked_heads": ((1, 3), (2, 1), (1, 0)), "mask_kind": "hard"}
+        | {"mask_radius": (1, 2)},
+    ),
+    "mait_layerscale": ("mait_s_layerscale", {"depth": 3}),
+    "masked_scaled_distilled_spvit": (
+        "spvit_s",
+        {"depth": 3, "stem_width": 8, "spatial_layers": 2, "masked_heads": ((3, 2),)}
+        | {"layer_scale": 0.1, "distilled": True},
+    ),
+}
+
+
+def largest_difference(name, overrides):
+    """Between the model's logits and the reference's, over the logits' standard deviation."""
+    with jax.enable_x64(True):
+        variables = random_variables(name, dtype="float64", **(SMALL | overrides))
+        images = np.random.default_rng(1).normal(size=(2, *SMALL["image_size"], 3))
+        ours = np.asarray(run(variables, jnp.asarray(images)))
+        params = {k: np.asarray(v) for k, v in named_leaves(variables.params).items()}
+        stats = {k: np.asarray(v) for k, v in named_leaves(variables.stats).items()}
+        theirs = reference.logits(images, params, stats, variables.model().config)
+    return abs(ours - theirs).max() / theirs.std()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_reference(case):
+    assert largest_difference(*CASES[case]) < 1e-9
+
+
+def _swap_offsets(monkeypatch):
+    from spvit_jax.models import spatial
+
+    original = spatial.offsets
+    monkeypatch.setattr(spatial, "offsets", lambda grid: original(grid)[..., ::-1])
+
+
+def _tanh_gelu(monkeypatch):
+    gelu = jax.nn.gelu
+    monkeypatch.setattr(layers_lib.jax.nn, "gelu", lambda x, approximate: gelu(x, approximate=True))
+
+
+def _drop_b1(monkeypatch):
+    from spvit_jax.models import spatial
+
+    table = spatial.SpatialPrior.table
+
+    def without_b1(self, grid):
+        b1, self.b1 = self.b1, nnx.Param(jnp.zeros_like(self.b1[...]))
+        result = table(self, grid)
+        self.b1 = b1
+        return result
+
+    monkeypatch.setattr(spatial.SpatialPrior, "table", without_b1)
+
+
+def _other_eps(monkeypatch):
+    init = nnx.LayerNorm.__init__
+
+    def with_other_eps(self, *args, epsilon, **kwargs):
+        init(self, *args, epsilon=1e-6, **kwargs)
+
+    monkeypatch.setattr(nnx.LayerNorm, "__init__", with_other_eps)
+
+
+@pytest.mark.parametrize("mutate", [_swap_offsets, _tanh_gelu, _drop_b1, _other_eps])
+def test_parity_test_sees_a_wrong_model(mutate, monkeypatch):
+    mutate(monkeypatch)
+    assert largest_difference(*CASES["spvit"]) > 1e-6
+
+
+def test_train_mode_returns_the_logits_of_every_head():
+    overrides = {"depth": 3, "stem_width": 8, "spatial_layers": 1, "distilled": True}
+    variables = random_variables("spvit_s", **(SMALL | overrides))
+    outputs = run(variables, IMAGES, jax.random.key(0), train=True)
+    assert outputs.logits.shape == (2, 7)
+    assert outputs.distilled.shape == (2, 7)
+    assert outputs.dense.shape == (2, 160, 7)
+    expected = (outputs.logits + outputs.distilled) / 2 + outputs.dense.max(1) / 2
+    np.testing.assert_allclose(outputs.evaluation_logits(), expected, rtol=1e-6)
+
+
+def test_drop_path_needs_a_key_and_is_off_in_evaluation():
+    variables = random_variables("deit_ti", **SMALL, depth=2, drop_path=0.5)
+    images = jax.random.normal(jax.random.key(1), (64, 40, 64, 3))
+    keys = jax.random.key(0), jax.random.key(2)
+    np.testing.assert_array_equal(*(run(variables, images, key) for key in keys))
+    with pytest.raises(ValueError, match="random key"):
+        run(variables, images, train=True)
+    one, other = (run(variables, images, key, train=True).logits for key in keys)
+    changed = (one != other).any(axis=1).mean()
+    assert 0.3 < changed < 0.95  # an example changes unless both draws agree in both branches
+
+
+def test_drop_path_keeps_the_mean():
+    x = jnp.ones((20_000, 3))
+    dropped = layers_lib.drop_path(x, 0.25, jax.random.key(0))
+    assert set(np.unique(dropped[:, 0])) == {0.0, np.float32(1 / 0.75)}
+    assert abs(dropped.mean() - 1) < 0.02
+    assert (dropped == dropped[:, :1]).all()
+
+
+def test_remat_changes_neither_value_nor_gradient():
+    def value_and_grad(remat):
+        overrides = {"depth": 2, "stem_width": 8, "spatial_layers": 1, "drop_path": 0.5}
+        variables = random_variables("spvit_s", **(SMALL | overrides), remat=remat)
+
+        def loss(params):
+            module = variables.replace(params=params).model(train=True)
+            return module.outputs(IMAGES, jax.random.key(3)).logits.sum()
+
+        return jax.jit(jax.value_and_grad(loss))(variables.params)
+
+    plain, remat = value_and_grad(False), value_and_grad(True)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+    settings = SMALL | CASES["spvit"][1]
+    exact = run(random_variables("spvit_s", **settings), IMAGES)
+    variables = random_variables("spvit_s", dtype="bfloat16", **settings)
+    rounded = run(variables, IMAGES)
+    assert rounded.dtype == jnp.float32
+    assert 1e-4 < abs(rounded - exact).max() / exact.std() < 0.3
+    model = variables.model()
+    assert jax.eval_shape(lambda x: model.encode(model.embed(x)), IMAGES).dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda: model.blocks[0].attn.gain((10, 16))).dtype == jnp.float32
+
+
+def test_attention_maps_are_those_of_each_layer():
+    variables = random_variables("spvit_s", **(SMALL | CASES["spvit"][1]))
+    maps = jax.jit(lambda x: variables.model().attention_maps(x))(IMAGES)
+    assert [m.shape for m in maps] == [(2, 3, 160, 160)] * 3 + [(2, 3, 161, 161)]
+    for weights in maps:
+        np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_images_of_another_size_are_refused():
+    variables = random_variables("deit_ti", **SMALL, depth=1)
+    with pytest.raises(InputError, match="pass image_size"):
+        run(variables, jnp.zeros((1, 64, 40, 3)))
