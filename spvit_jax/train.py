@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     share = pipeline.Share(jax.process_index(), jax.process_count())
     train_transform = TrainTransform.of(config, model_config.image_shape)
     eval_transform = EvalTransform.of(config, model_config.image_shape)
+    init_from = checkpoint.find(pathlib.Path(config.init_from)) if config.init_from else None
     config_lib.claim_workdir(workdir, config, in_use=checkpoint.exists(workdir))
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
@@ -101,10 +102,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
         state, origin = checkpoints.restore(abstract), "the last checkpoint in the workdir"
         if state is None:
             state, origin = jax.jit(create, out_shardings=shardings)(), "scratch"
-            if config.init_from:
-                source = checkpoint.find(pathlib.Path(config.init_from))
-                variables = checkpoint.load_variables(source, like=abstract.model)
-                state, origin = state_lib.with_variables(state, variables), str(source)
+            if init_from:
+                variables = checkpoint.load_variables(init_from, like=abstract.model)
+                state, origin = state_lib.with_variables(state, variables), str(init_from)
         step = int(state.step)
         log.info("start           at step %d of %d, from %s", step, total_steps, origin)
 

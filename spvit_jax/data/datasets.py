@@ -6,7 +6,10 @@ images and labels. Which examples make up which batch is decided in `pipeline.py
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +58,7 @@ class TfdsSource:
     """A split of a TFDS data set, read at random from ArrayRecord files."""
 
     def __init__(self, name: str, split: str, data_dir: str):
-        builder = self._prepared_builder(name, data_dir)
+        builder = _prepared_builder(name, data_dir)
         features = builder.info.features
         if "image" not in features or "label" not in features:
             raise InputError(
@@ -83,22 +86,38 @@ class TfdsSource:
         labels = np.array([record["label"] for record in records], np.int32)
         return [record["image"] for record in records], labels
 
-    @staticmethod
-    def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-        try:
-            if name == Digits.name:
-                builder = Digits(data_dir=data_dir, file_format="array_record")
-            else:
-                builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
-        except tfds.core.DatasetNotFoundError as error:
-            hint = nearest(name, tfds.list_builders())
-            raise InputError(f"unknown data set {name!r}{hint}") from error
-        except (OSError, AssertionError, ValueError) as error:
-            raise InputError(
-                f"data set {name!r} is not in {data_dir} and cannot be prepared there: {error}"
-            ) from error
-        return builder
+
+def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a data set that is on disk in ArrayRecord files, or is put there."""
+    try:
+        builder = _builder(name, data_dir)
+        if not builder.is_prepared():
+            with _only_one_process(pathlib.Path(data_dir)):
+                builder = _builder(name, data_dir)
+                builder.download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:
+        hint = nearest(name, tfds.list_builders())
+        raise InputError(f"unknown data set {name!r}{hint}") from error
+    except (OSError, AssertionError, ValueError) as error:
+        raise InputError(
+            f"data set {name!r} is not in {data_dir} and cannot be prepared there: {error}"
+        ) from error
+    return builder
+
+
+def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    if name == Digits.name:
+        return Digits(data_dir=data_dir, file_format="array_record")
+    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+
+@contextlib.contextmanager
+def _only_one_process(directory: pathlib.Path) -> Iterator[None]:
+    """Holds a lock in a directory, so that of several processes one prepares and the rest find."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class FolderSource:

@@ -99,7 +99,7 @@ def train_step(
     step = state.step + 1
     loss_sum, count = metrics["loss"]
     is_first_nan = ~jnp.isfinite(loss_sum / count) & (state.nan_step < 0)
-    metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+    metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
     return TrainState(
         step=step,
         model=model,

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains SP-ViT on handwritten digits, evaluates it, and draws what its heads learned about space.
+# Needs Python 3.11 or newer and nothing else. Run again, it reuses what is there.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
+
+run=runs/quickstart
+config=configs/digits.py
+
+.venv/bin/python -m spvit_jax.train --config=$config --workdir=$run
+.venv/bin/python -m spvit_jax.evaluate --config=$config --checkpoint=$run --json=$run/test.json
+.venv/bin/python -m spvit_jax.explain --config=$config --checkpoint=$run --output=$run/explained
+
+echo "learned spatial priors: $PWD/$run/explained/priors.png"
+.venv/bin/python -c "
+import json
+result = json.load(open('$run/test.json'))
+print(f'test accuracy: {result[\"top1\"]:.1%} of {result[\"count\"]} images')"

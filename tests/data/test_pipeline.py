@@ -1,0 +1,109 @@
+"""Batches are a function of (seed, step, process), and evaluation counts each example once."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.pipeline import Share
+from spvit_jax.data.tensorflow import tf
+from spvit_jax.errors import InputError
+
+TRANSFORM = TrainTransform(size=(12, 12), scale=(0.5, 1.0), flip=0.5, interpolation="bilinear")
+
+
+@pytest.fixture(scope="module")
+def source(data_dir):
+    return datasets.load("digits", "train", data_dir)
+
+
+def take(source, count, **settings):
+    settings = {"batch_size": 24, "seed": 7} | settings
+    with pipeline.train_batches(source, TRANSFORM, **settings) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_restart_at_any_step_gives_the_same_pixels(source):
+    assert_same(take(source, 8)[5:], take(source, 3, start_step=5))
+
+
+def test_number_of_threads_does_not_matter(source):
+    assert_same(take(source, 6, threads=1), take(source, 6, threads=4))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_read_the_global_batch(source, count):
+    shares = [take(source, 3, share=Share(index, count)) for index in range(count)]
+    for whole, *parts in zip(take(source, 3), *shares, strict=True):
+        for key in whole:
+            np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
+
+
+def test_each_epoch_is_another_permutation(source):
+    total = len(source)
+    index = np.concatenate([batch["index"] for batch in take(source, 3 * total // 24 + 1)])
+    epochs = [index[k * total : (k + 1) * total] for k in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(total))
+    assert not np.array_equal(epochs[0], epochs[1])
+    other = np.concatenate([batch["index"] for batch in take(source, 10, seed=8)])
+    assert not np.array_equal(index[:240], other)
+
+
+def test_an_example_is_augmented_anew_in_each_epoch(source):
+    small = datasets.balanced_subset(source, 1, seed=0)
+    images = take(small, 1)[0]["image"]
+    assert len({image.tobytes() for image in images}) > 20
+
+
+def test_a_step_far_away_is_reached_at_once(source):
+    """10¹¹ steps would take years to pass over; the indices still are a permutation's."""
+    batch = take(source, 1, start_step=10**11)[0]
+    assert len(set(batch["index"].tolist())) == 24
+
+
+def test_shuffle_is_a_permutation_at_imagenet_size():
+    total = 1_281_167
+    epoch = pipeline.shuffled_index(tf.range(total, dtype=tf.int64) + 5 * total, total, seed=1)
+    assert np.array_equal(np.sort(epoch.numpy()), np.arange(total))
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (96, 1), (500, 1), (512, 2), (64, 4)])
+def test_evaluation_counts_each_example_once(batch_size, count, data_dir):
+    source = datasets.load("digits", "test", data_dir)
+    seen, lengths = collections.Counter(), []
+    for index in range(count):
+        with pipeline.eval_batches(
+            source, EvalTransform((8, 8)), batch_size=batch_size, share=Share(index, count)
+        ) as iterator:
+            batches = list(iterator)
+        lengths.append(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (batch_size // count, 8, 8, 3)
+            seen.update(batch["index"][batch["mask"] == 1].tolist())
+    assert seen == collections.Counter(range(500))
+    assert len(set(lengths)) == 1  # or processes would wait for each other
+
+
+def test_evaluation_leaves_images_of_the_right_size_alone(data_dir):
+    source = datasets.load("digits", "test", data_dir)
+    with pipeline.eval_batches(source, EvalTransform((8, 8)), batch_size=4) as batches:
+        batch = next(batches)
+    images, labels = source.fetch(np.arange(4))
+    for image, encoded in zip(batch["image"], images, strict=True):
+        np.testing.assert_array_equal(image, tf.io.decode_image(encoded, channels=3).numpy())
+    np.testing.assert_array_equal(batch["label"], labels)
+
+
+def test_batch_that_processes_cannot_share(source):
+    with pytest.raises(InputError, match="not a multiple of the 5 processes"):
+        take(source, 1, share=Share(0, 5))

@@ -1,0 +1,125 @@
+"""Durations, arguments, overrides and their errors."""
+
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import re
+
+import pytest
+
+from spvit_jax import config as config_lib
+from spvit_jax.errors import InputError
+from spvit_jax.models import ViTConfig
+from spvit_jax.models.complexity import count_parameters
+
+
+def digits(arg=None):
+    path = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+    spec = importlib.util.spec_from_file_location("digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("10 epochs", 200),
+        ("1 epoch", 20),
+        ("7 steps", 7),
+        ("1.28e3 examples", 26),
+        (5, 5),
+        ("5", 5),
+    ],
+)
+def test_durations(duration, steps):
+    assert config_lib.steps_of(duration, batch_size=50, num_examples=1000) == steps
+
+
+@pytest.mark.parametrize("duration", ["ten epochs", "10 days", "", "-1 steps", "nan steps"])
+def test_durations_that_cannot_be_read(duration):
+    with pytest.raises(InputError, match="cannot be read; expected for example"):
+        config_lib.steps_of(duration, batch_size=50, num_examples=1000)
+
+
+def test_schedule_longer_than_the_run():
+    config = digits()
+    config.schedule.total = "10 steps"
+    with pytest.raises(InputError, match=r"lengthen schedule\.total"):
+        config_lib.resolve(config, num_examples=1297)
+
+
+def test_resolving_leaves_the_original_alone_and_is_idempotent():
+    config = digits()
+    once = config_lib.resolve(config, num_examples=1297)
+    assert config.schedule.total == "1600 steps"
+    assert once.schedule.total == 1600
+    assert config_lib.resolve(once, num_examples=5).to_dict() == once.to_dict()
+
+
+def test_every_field_has_a_comment():
+    lines = inspect.getsource(config_lib.base).splitlines()
+    fields = [line for line in lines if re.match(r"\s+(config|\w+)\.\w+ = ", line)]
+    uncommented = [line for line in fields if "ConfigDict()" not in line and "  # " not in line]
+    assert len(fields) > 70
+    assert uncommented == []
+
+
+def test_every_field_of_the_model_can_be_set():
+    fields = {field.name for field in dataclasses.fields(ViTConfig)} - {"num_classes"}
+    assert set(config_lib.base().model) == fields | {"name"}
+
+
+def test_models_of_the_digits_config_are_near_equal_in_size():
+    counts = {
+        model: count_parameters(config_lib.model_settings(digits(f"model={model}"), num_classes=10))
+        for model in ("vit", "lvvit", "spvit", "mait")
+    }
+    assert max(counts.values()) / min(counts.values()) < 1.03
+    recipes = [digits(f"model={model}").to_dict() for model in counts]
+    for recipe in recipes:
+        del recipe["model"]
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_arguments_of_a_config():
+    config = digits("model=mait,train_size=200")
+    assert config.model.name == "mait_t"
+    assert config.data.train_size == 200
+    assert digits().model.name == "spvit_s"
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("model=spvti", "did you mean 'spvit'"),
+        ("modl=spvit", "did you mean 'model'"),
+        ("train_size=many", "of type int"),
+        ("spvit", "not KEY=VALUE"),
+    ],
+)
+def test_wrong_arguments(arg, words):
+    with pytest.raises(InputError, match=words):
+        digits(arg)
+
+
+def test_json_round_trip(tmp_path):
+    config = config_lib.resolve(digits("model=mait"), num_examples=1297)
+    path = tmp_path / "config.json"
+    path.write_text(config_lib.to_json(config))
+    loaded = config_lib.from_json(path)
+    assert config_lib.differences(loaded, config) == []
+    assert config_lib.model_settings(loaded, num_classes=10) == config_lib.model_settings(
+        config, num_classes=10
+    )
+
+
+def test_workdir_of_another_run(tmp_path):
+    config = config_lib.resolve(digits(), num_examples=1297)
+    config_lib.claim_workdir(tmp_path, config, in_use=False)
+    config.optim.lr = 1.0
+    config.mesh.fsdp = 2  # where it runs may change
+    with pytest.raises(InputError, match=r"\(optim.lr: 0.003 → 1.0\); choose another --workdir"):
+        config_lib.claim_workdir(tmp_path, config, in_use=True)
+    config_lib.claim_workdir(tmp_path, config, in_use=False)  # nothing there to lose

@@ -1,0 +1,153 @@
+"""The step's identities: accumulated = whole, split over any mesh = one device, EMA, randomness."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spvit_jax.training import sharding, step
+from spvit_jax.training import state as state_lib
+from spvit_jax.training.losses import classification_loss, smooth_labels
+from tests.models.weights import random_variables
+
+SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "depth": 2, "num_heads": 2}
+RECIPE = step.Recipe(num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3, label_smoothing=0.1, ema=0.9)
+ROOT = jax.random.key(0)
+# Linear in the gradient; Adam's first steps would make signs of the rounding of small gradients.
+SGD = optax.sgd(0.05)
+
+
+def make_batch(size=16):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size, 12, 12, 3)).astype(np.uint8)
+    return {"image": image, "label": rng.integers(0, 10, size).astype(np.int32)}
+
+
+def make_state(name="spvit_s", **overrides):
+    """A small model's state with random weights; SP-ViT with drop path unless told otherwise."""
+    if name == "spvit_s":
+        overrides = {"stem_width": 8, "spatial_layers": 1, "drop_path": 0.3} | overrides
+    variables = random_variables(name, num_classes=10, **(SMALL | overrides))
+    return state_lib.create(variables.model(), SGD, ema=True)
+
+
+@functools.cache
+def jitted(recipe):
+    return jax.jit(functools.partial(step.train_step, optimizer=SGD, recipe=recipe))
+
+
+def run(state, recipe=RECIPE, steps=2):
+    for _ in range(steps):
+        state = jitted(recipe)(state, make_batch(), ROOT)
+    return state
+
+
+def assert_close(left, right, rtol=1e-3, atol=1e-5):
+    left, right = state_lib.named_leaves(left), state_lib.named_leaves(right)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol, atol, err_msg=name)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "accumulate"), [(8, 1, 1), (1, 8, 1), (2, 4, 2)])
+def test_any_mesh_gives_the_numbers_of_one_device(data, fsdp, accumulate):
+    """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
+    recipe = dataclasses.replace(RECIPE, mixup=0.8, cutmix=1.0, accumulate=accumulate)
+    mesh = sharding.make_mesh(data, fsdp)
+    state = make_state()
+    expected = run(state, recipe)
+
+    shardings = sharding.state_shardings(state, mesh, "fsdp")
+    take = jax.jit(
+        functools.partial(step.train_step, optimizer=SGD, recipe=recipe),
+        donate_argnames="state",
+        out_shardings=shardings,
+    )
+    state = jax.device_put(state, shardings)
+    for _ in range(2):
+        state = take(state, sharding.put_batch(make_batch(), mesh), ROOT)
+    kernel = state_lib.named_leaves(state)["model/params/blocks/0/mlp/fc1/kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+    assert_close(state, expected)
+
+
+def test_accumulation_is_the_whole_batch():
+    """Without BatchNorm, whose statistics are those of a micro-batch."""
+    state = make_state("mait_t", drop_path=0.0)
+    assert_close(run(state), run(state, dataclasses.replace(RECIPE, accumulate=4)))
+
+
+def test_average_covers_parameters_and_batchnorm_statistics():
+    before = make_state()
+    after = run(before, steps=1)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.ema, after.model)
+    assert_close(after.ema, expected)
+    old, new = (state_lib.named_leaves(state.model.stats) for state in (before, after))
+    assert len(new) == 6
+    assert all(not np.array_equal(old[name], new[name]) for name in new)
+
+
+def test_randomness_depends_on_the_step_alone():
+    """A state read back from the host goes on as if it had never left the device."""
+    first = run(make_state(), steps=1)
+    again = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), first)
+    for a, b in zip(
+        jax.tree.leaves(run(first, steps=1)), jax.tree.leaves(run(again, steps=1)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    keys = {int(jax.random.bits(step.key_for(ROOT, name, n))) for name in "ab" for n in range(3)}
+    assert len(keys) == 6
+
+
+def test_metrics_add_up_over_steps_and_loss_falls():
+    first = run(make_state(), steps=1)
+    later = run(first, steps=12)
+    total, count = later.metrics["loss"]
+    assert count == 13 * 16
+    assert total / count < first.metrics["loss"][0] / 16
+    assert later.metrics["grad_norm"][1] == 13
+
+
+def test_first_step_that_is_not_a_number_is_remembered():
+    state = run(make_state(), steps=1)
+    state_lib.check_finite(state)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.model.params)
+    state = run(state.replace(model=state.model.replace(params=broken)))
+    with pytest.raises(FloatingPointError, match="step 2 "):
+        state_lib.check_finite(state)
+
+
+def test_eval_step_counts_by_the_mask():
+    variables = make_state().model
+    evaluate = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))
+    batch = make_batch() | {"mask": np.array([1] * 11 + [0] * 5, np.float32)}
+    whole = evaluate(variables, batch)
+    part = {key: value[:11] for key, value in batch.items()}
+    for name, (total, count) in evaluate(variables, part).items():
+        assert whole[name][1] == count == 11
+        np.testing.assert_allclose(whole[name][0], total, rtol=1e-5)
+    assert 0 <= whole["top1"][0] <= whole["top5"][0] <= 11
+
+
+def test_loss_of_each_head():
+    from spvit_jax.models import Outputs
+
+    rng = np.random.default_rng(0)
+    logits, distilled = rng.normal(size=(2, 4, 10)).astype(np.float32)
+    dense = rng.normal(size=(4, 6, 10)).astype(np.float32)
+    targets = smooth_labels(jnp.array([3, 1, 4, 1]), 10, 0.1)
+    np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+    assert float(targets[0, 3]) == pytest.approx(0.91)
+
+    def cross_entropy(logits, targets):
+        logits = logits.astype(np.float64)
+        return -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1).mean()
+
+    expected = (cross_entropy(logits, targets) + cross_entropy(distilled, targets)) / 2
+    expected += 0.7 * cross_entropy(dense, targets[:, None])
+    loss = classification_loss(Outputs(logits, distilled, dense), targets, dense_weight=0.7)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
