@@ -61,7 +61,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     train_transform = TrainTransform.of(config, model_config.image_shape)
     eval_transform = EvalTransform.of(config, model_config.image_shape)
     init_from = checkpoint.find(pathlib.Path(config.init_from)) if config.init_from else None
-    config_lib.claim_workdir(workdir, config, in_use=checkpoint.exists(workdir))
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
     root = jax.random.key(config.seed)
@@ -80,6 +79,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     )
     eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
 
+    config_lib.claim_workdir(workdir, config, in_use=checkpoint.exists(workdir))
     report.start_logging(workdir)
     report.summarize(
         config,

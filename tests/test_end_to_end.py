@@ -5,10 +5,12 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -17,6 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
 
+from spvit_jax import config as config_lib
+from spvit_jax.evaluate import evaluate_checkpoint
 from tests.conftest import REPOSITORY
 
 CONFIG = "--config=configs/digits.py"
@@ -71,6 +75,7 @@ def start(environment, workdir):
 def run_on_a_terminal(environment, *args):
     """Runs a command whose standard error is a terminal; returns what it showed there."""
     controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 140))
     shown = []
 
     def read():
@@ -121,7 +126,7 @@ def reference(environment, tmp_path_factory):
     """A run that nothing disturbed, watched on a terminal."""
     workdir = tmp_path_factory.mktemp("runs") / "reference"
     shown = run_on_a_terminal(environment, "train", CONFIG, f"--workdir={workdir}", *SMALL)
-    (workdir / "terminal.txt").write_text(shown)
+    (workdir / "terminal.txt").write_bytes(shown.encode())
     return workdir
 
 
@@ -136,9 +141,10 @@ def newest_step(workdir):
 
 
 def test_what_a_person_sees(reference):
-    shown = (reference / "terminal.txt").read_text()
-    for words in ("120/120 loss", "img/s", "left 0:00:00", "\r"):
-        assert words in shown
+    shown = (reference / "terminal.txt").read_bytes().decode()
+    bar = r"\r100%\|█+\| 120/120, loss \d\.\d+  top1 \d\.\d+  \d+ img/s  left 0:00:00"
+    assert re.search(bar, shown)
+    assert "step 70/120  loss" not in shown  # the bar stands for the lines of the log
     log = (reference / "train.log").read_text()
     for words in (
         '"total": 120',
@@ -222,37 +228,34 @@ def test_loss_that_is_not_a_number_stops_the_run(environment, tmp_path):
         assert np.isfinite(array).all(), name
 
 
-def test_evaluation_does_not_depend_on_the_batch(environment, reference, tmp_path):
-    results = []
-    for batch_size in (500, 96, 7):
-        path = tmp_path / f"{batch_size}.json"
-        run(
-            environment,
-            "evaluate",
-            CONFIG,
-            *SMALL,
-            f"--checkpoint={reference}",
-            f"--config.data.eval_batch_size={batch_size}",
-            f"--json={path}",
-        )
-        results.append(json.loads(path.read_text()))
+def test_evaluate_repeats_the_best_result_of_training(environment, reference, tmp_path):
+    path = tmp_path / "result.json"
+    args = [CONFIG, *SMALL, f"--checkpoint={reference}", f"--json={path}", "--split=test"]
+    result = run(environment, "evaluate", *args)
+    assert json.loads(result.stdout) == json.loads(path.read_text())
+    results = json.loads(result.stdout)
+    assert results["count"] == 500
+    assert results["images_per_second"] > 0
+    best = max(r["eval/top1"] for r in records_of(reference) if "eval/top1" in r)
+    assert results["top1"] == pytest.approx(best)
+
+
+def test_evaluation_depends_on_weights_and_split_but_not_on_the_batch(reference, data_dir):
+    config = config_lib.from_json(reference / "config.json")
+    config.data.data_dir = data_dir
+
+    def evaluate(batch_size=250, **settings):
+        config.data.eval_batch_size = batch_size
+        settings = {"which": "last", "weights": "auto", "split": None} | settings
+        return evaluate_checkpoint(config, reference, **settings)
+
+    results = [evaluate(batch_size) for batch_size in (500, 96, 7)]
     assert [r["count"] for r in results] == [500] * 3
     assert len({r["top1"] for r in results}) == len({r["top5"] for r in results}) == 1
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
-    assert all(r["images_per_second"] > 0 for r in results)
-
-    records = records_of(reference)
-    best = max(r["eval/top1"] for r in records if "eval/top1" in r)
-    assert results[0]["top1"] == pytest.approx(best)
-
-
-def test_evaluation_of_the_weights_themselves_on_the_train_split(environment, reference):
-    args = [CONFIG, *SMALL, f"--checkpoint={reference}", "--step=last"]
-    ema = json.loads(run(environment, "evaluate", *args).stdout)
-    own = json.loads(run(environment, "evaluate", *args, "--weights=model").stdout)
-    train = json.loads(run(environment, "evaluate", *args, "--split=train").stdout)
-    assert ema["loss"] != own["loss"]
-    assert train["count"] == 1297
+    assert evaluate(weights="ema")["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+    assert evaluate(weights="model")["loss"] != pytest.approx(results[0]["loss"], rel=1e-3)
+    assert evaluate(split="train")["count"] == 1297
 
 
 def test_a_run_can_start_from_another_ones_weights(environment, reference, tmp_path):

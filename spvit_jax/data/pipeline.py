@@ -164,9 +164,9 @@ def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
       int64 [n] in 0 … total-1.
     """
     epoch, position = ordinal // total, ordinal % total
-    fill = lambda value: tf.fill(tf.shape(epoch), tf.constant(value, tf.int64))  # noqa: E731
-    seeds = tf.cast(tf.stack([fill(seed), epoch, fill(0)], axis=1), tf.int32)
-    return tf.raw_ops.RandomIndexShuffle(index=position, seed=seeds, max_index=fill(total - 1))
+    same = tf.ones_like(ordinal)
+    seeds = tf.cast(tf.stack([seed * same, epoch, 0 * same], axis=1), tf.int32)
+    return tf.raw_ops.RandomIndexShuffle(index=position, seed=seeds, max_index=(total - 1) * same)
 
 
 def _read(

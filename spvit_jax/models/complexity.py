@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +12,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from spvit_jax.models.vit import ViTConfig
+from spvit_jax.models.vit import ViT, ViTConfig
 
 
 def count_parameters(config: ViTConfig) -> int:
     """Returns the exact number of trainable parameters, without allocating any."""
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(config), nnx.Param)))
 
 
 def count_macs(config: ViTConfig) -> int:
     """Returns the multiply-adds of convolutions and matrix products for one image."""
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(_abstract(config))
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
+
+
+@functools.lru_cache(maxsize=1)
+def _abstract(config: ViTConfig) -> ViT:
+    """Returns the model with shapes in the place of arrays; it takes seconds for a large one."""
+    return nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
 
 
 def macs_of(function: Callable[..., Any], *args: Any) -> int:

@@ -27,7 +27,6 @@ _CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is mo
 _ITEM = "default"
 _RANKED_BY = "top1"
 
-
 # A save between two evaluations has no metric to rank it by, which orbax warns of each time.
 absl_logging.get_absl_logger().addFilter(lambda record: "tracked_metric" not in str(record.msg))
 
@@ -70,10 +69,6 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.PyTreeSave(_to_tree(state)), metrics=metrics)
 
-    def wait(self) -> None:
-        """Waits until what was saved is complete on disk."""
-        self._manager.wait_until_finished()
-
     def restore(self, abstract: Any) -> Any | None:
         """Reads the newest checkpoint that can be read; newer ones are moved aside, and said.
 
@@ -95,13 +90,12 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever a damaged file makes orbax raise
                 damaged.append(self._move_aside(directory))
-                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
                 log.warning(
-                    "checkpoint %d cannot be read and was moved to %s; falling back to the one "
-                    "before it (%s)",
+                    "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
+                    "the one before it (%s)",
                     step,
                     damaged[-1],
-                    reason,
+                    _first_line(error),
                 )
         if damaged:
             raise InputError(
@@ -175,7 +169,7 @@ def load_variables(
     try:
         sections = {name.split("/")[0] for name in _saved_shapes(checkpoint)}
     except Exception as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
     if weights == "auto":
         weights = "ema" if "ema" in sections else "model"
     if weights not in sections:
@@ -186,7 +180,7 @@ def load_variables(
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
 
 
 def load_model(
@@ -249,6 +243,11 @@ def _check_same(
             f"checkpoint {where} is of another model. Missing: {_some(missing)}. "
             f"Unexpected: {_some(unexpected)}. Wrong shape: {_some(reshaped)}."
         )
+
+
+def _first_line(error: Exception) -> str:
+    """Returns what an error of orbax says, without the pages that may follow."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def _some(names: list[str], most: int = 5) -> str:

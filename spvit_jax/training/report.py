@@ -22,25 +22,36 @@ from clu import metric_writers, parameter_overview
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from spvit_jax import config as config_lib
 from spvit_jax.models import ViTConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
-from spvit_jax.training.state import Metrics
+from spvit_jax.training.state import Metrics, named_leaves
 
 log = logging.getLogger("spvit_jax")
 
 
+class _Screen(logging.Handler):
+    """Writes lines above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def start_logging(workdir: pathlib.Path) -> None:
-    """Sends this project's log lines to the standard error and to `train.log` in the workdir."""
-    log.setLevel(logging.INFO)
+    """Sends this project's log lines to the standard error and to `train.log` in the workdir.
+
+    On a terminal the progress bar stands for the line per interval (level DEBUG).
+    """
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(workdir / "train.log")):
+    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    screen = _Screen()
+    screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    for handler in (screen, logging.FileHandler(workdir / "train.log")):
         handler.setFormatter(form)
         log.addHandler(handler)
 
@@ -62,10 +73,7 @@ def summarize(
         average = f"decay {config.optim.ema:g}, a horizon of {horizon:.3g} epochs"
     else:
         average = "off"
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(params)
-    )
-    table = parameter_overview.get_parameter_overview(_str_keys(shapes), include_stats=False)
+    table = parameter_overview.get_parameter_overview(named_leaves(params), include_stats=False)
     lines = [
         "configuration\n" + config_lib.to_json(config),
         f"parameters\n{table}",
@@ -100,7 +108,6 @@ class Reporter:
         self._records = self._stack.enter_context(self._path.open("a"))
         self._writer = metric_writers.SummaryWriter(str(self._path.parent))
         self._stack.callback(self._writer.close)
-        self._stack.enter_context(logging_redirect_tqdm(loggers=[log]))
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -108,7 +115,7 @@ class Reporter:
                 unit="step",
                 disable=not sys.stderr.isatty(),
                 dynamic_ncols=True,
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {postfix}",
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
         )
         self._reset_clock(self._start_step)
@@ -138,7 +145,7 @@ class Reporter:
         self._writer.write_scalars(step, {"train/images_per_second": speed})
         text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
         self._bar.set_postfix_str(f"{text}  left {left}")
-        log.info(
+        log.debug(
             "step %d/%d  %s  lr %.3g  left %s", step, self._total_steps, text, learning_rate, left
         )
         self._reset_clock(step)
@@ -179,7 +186,3 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
-
-
-def _str_keys(tree: dict) -> dict:
-    return {str(k): _str_keys(v) if isinstance(v, dict) else v for k, v in tree.items()}
