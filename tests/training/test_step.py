@@ -112,6 +112,14 @@ def test_metrics_add_up_over_steps_and_loss_falls():
     assert later.metrics["grad_norm"][1] == 13
 
 
+def test_bfloat16_with_recomputation_trains_float32_parameters():
+    first = run(make_state(dtype="bfloat16", remat=True), steps=1)
+    later = run(first, steps=12)
+    assert later.metrics["loss"][0] / 13 < first.metrics["loss"][0]
+    leaves = state_lib.named_leaves((later.model, later.ema))
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
+
+
 def test_first_step_that_is_not_a_number_is_remembered():
     state = run(make_state(), steps=1)
     state_lib.check_finite(state)
