@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 
 from spvit_jax.models.attention import Attention, attention
@@ -80,6 +80,7 @@ def measure(grid: Grid, batch: int, rounds: int) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     """Measures both grids and prints a row for each."""
     del argv
+    logging.set_verbosity(logging.ERROR)  # or JAX says which accelerators it did not find
     print(f"forward and backward, {_HEADS} heads of {_DIM // _HEADS} channels, float32, ", end="")
     print(f"{jax.devices()[0].device_kind}; milliseconds, medians of {flags.FLAGS.rounds}")
     for grid, batch in (((14, 14), 8), ((24, 24), 4)):

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export XDG_CACHE_HOME="$PWD/.venv/cache" MPLCONFIGDIR="$PWD/.venv/cache/matplotlib"
-export TMPDIR="$PWD/.venv/tmp"
+export KERAS_HOME="$PWD/.venv/cache/keras" TMPDIR="$PWD/.venv/tmp"
 
 if [[ ! -x .venv/bin/python ]]; then
   python=${PYTHON:-python3}
@@ -24,6 +24,7 @@ mkdir -p "$XDG_CACHE_HOME" "$TMPDIR"
 stamp=.venv/installed-$(cat requirements*.txt | sha256sum | cut -c1-16)-$1
 if [[ ! -e $stamp ]]; then
   echo "installing $1 (about two minutes)"
-  .venv/bin/python -m pip install --quiet -r "$1"
+  # pip asks rustc, if there is one, for its version, and that writes its settings.
+  RUSTUP_HOME="$XDG_CACHE_HOME/rustup" .venv/bin/python -m pip install --quiet -r "$1"
   touch "$stamp"
 fi

@@ -27,8 +27,8 @@ def run(main: Callable[[], object]) -> None:
         except FloatingPointError as error:
             _fail(error, code=1)
 
-    logging.set_verbosity(logging.WARNING)
-    logging.set_stderrthreshold("warning")
+    # Orbax warns of its own defaults at every turn; what goes wrong it raises.
+    logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=_parse)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from flax import nnx, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
@@ -26,9 +25,6 @@ _FOLDER = "checkpoints"  # in the workdir
 _CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here
 _ITEM = "default"
 _RANKED_BY = "top1"
-
-# A save between two evaluations has no metric to rank it by, which orbax warns of each time.
-absl_logging.get_absl_logger().addFilter(lambda record: "tracked_metric" not in str(record.msg))
 
 
 class Checkpoints:
