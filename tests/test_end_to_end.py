@@ -170,6 +170,7 @@ def test_what_a_person_sees(reference):
     assert len(kept) <= 3
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_the_same(environment, reference, tmp_path):
     """Twice at a random moment and once while a checkpoint is being written."""
     rng = random.Random()
@@ -329,6 +330,7 @@ def test_config_file_that_does_not_exist(environment, tmp_path):
     assert "error: there is no config file configs/digit.py" in result.stderr
 
 
+@pytest.mark.slow
 def test_learns_digits(environment, tmp_path):
     """The embedded default, cut to a fifth of its length, is far from chance already."""
     run(
