@@ -42,7 +42,7 @@ def learned_priors(model: ViT) -> dict[int, np.ndarray]:
 
 
 def locality_scores(model: ViT, images: jax.Array) -> np.ndarray:
-    """Returns the attention locality score of each layer and head (MaiT §3.3).
+    """Returns the attention locality score of each layer and head (MaiT).
 
     Args:
       model: in evaluation mode.

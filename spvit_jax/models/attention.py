@@ -45,7 +45,10 @@ def attention(
     gain: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes softmax(G ⊙ QKᵀ/√d + B) V (SP-ViT eq. 4 with G learned, MaiT eq. 2 with G binary).
+    """Computes softmax(G ⊙ QKᵀ/√d + B) V.
+
+    With G learned this is SP-ViT's attention (arXiv 2206.07662), with G binary a masked head of
+    MaiT (arXiv 2207.03006).
 
     Args:
       q: queries [B, n, H, d].

@@ -33,7 +33,7 @@ class Mlp(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel on a residual branch (CaiT eq. 4), starting at `initial`."""
+    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239), from `initial`."""
 
     def __init__(self, dim: int, initial: float):
         self.gamma = nnx.Param(jnp.full((dim,), initial, jnp.float32))
@@ -60,7 +60,7 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class PatchEmbed(nnx.Module):
-    """The linear embedding of non-overlapping patches (ViT eq. 1): [B, H, W, 3] → [B, h, w, D]."""
+    """ViT's linear embedding of non-overlapping patches: [B, H, W, 3] → [B, h, w, D]."""
 
     def __init__(self, dim: int, patch_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.proj = _projection(3, dim, patch_size, dtype, rngs)

@@ -71,7 +71,7 @@ def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:
 
 
 class SpatialPrior(nnx.Module):
-    """The learned gain of SP-SA: per head, a two-layer network of the offset (SP-ViT eq. 5).
+    """The learned gain of SP-SA: per head, a two-layer network of the offset (SP-ViT).
 
     G[h, i, j] = Σ_c w2[h, c] · relu(w1[h, c]·(dx, dy) + b1[h, c]) + b2[h], which starts at 1:
     a fresh layer is plain attention. Parameters w1 [H, d, 2], b1 [H, d], w2 [H, d], b2 [H].
@@ -113,7 +113,7 @@ class SpatialPrior(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LocalityMask:
-    """MaiT's mask: the first heads of a layer see a neighbourhood of each patch (MaiT eq. 2).
+    """MaiT's mask: the first heads of a layer see a neighbourhood of each patch.
 
     Attributes:
       num_masked: how many heads are masked, heads 0 to num_masked - 1.

@@ -175,7 +175,7 @@ class Outputs:
     def evaluation_logits(self) -> jax.Array:
         """Returns the logits [B, C] of the family's evaluation rule.
 
-        A distilled model averages its two heads (DeiT §3); a dense head adds half its maximum
+        A distilled model averages its two heads (DeiT); a dense head adds half its maximum
         over the tokens, class by class (LV-ViT, in the authors' code).
         """
         logits = self.logits
