@@ -33,7 +33,7 @@ class Mlp(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239), from `initial`."""
+    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, dim: int, initial: float):
         self.gamma = nnx.Param(jnp.full((dim,), initial, jnp.float32))

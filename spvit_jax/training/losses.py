@@ -20,9 +20,8 @@ def classification_loss(outputs: Outputs, targets: jax.Array, dense_weight: floa
     Args:
       outputs: of the model in train mode.
       targets: [B, C] class probabilities.
-      dense_weight: of the dense head's loss, the mean over batch and tokens (LV-ViT, arXiv
-        2104.10858), where
-        there is such a head; each token's target is the image's.
+      dense_weight: of the dense head's loss (LV-ViT, arXiv 2104.10858), the mean over batch and
+        tokens, where there is such a head; each token's target is the image's.
 
     A distillation head without a teacher learns the same targets, at equal weight.
     """
