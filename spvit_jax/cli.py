@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
@@ -62,8 +62,6 @@ def _fail(error: object, code: int = 2) -> NoReturn:
 
 def config_flag() -> Callable[[], ConfigDict]:
     """Defines --config and returns a function that gives its value after parsing."""
-    from ml_collections import config_flags
-
     holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
     flags.mark_flag_as_required("config")
     return lambda: holder.value

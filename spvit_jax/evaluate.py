@@ -1,6 +1,8 @@
 """Evaluates a checkpoint on a split, each example counted once.
 
-python -m spvit_jax.evaluate --config=configs/digits.py --checkpoint=runs/digits --json=out.json
+    python -m spvit_jax.evaluate --config=configs/digits.py --checkpoint=runs/digits --json=out.json
+
+The results go to the standard output as JSON, and to the file if one is named.
 """
 
 from __future__ import annotations
