@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models import ViTConfig, model_config
+from spvit_jax.models import ModelConfig, model_config
 
 _DURATIONS = (
     "schedule.total",
@@ -51,12 +51,16 @@ def base() -> ConfigDict:
     model.depth = placeholder(int)  # number of blocks
     model.num_heads = placeholder(int)  # attention heads per block
     model.mlp_ratio = placeholder(float)  # hidden width of the MLP over dim
+    model.depths = placeholder(tuple)  # number of blocks of each stage of a Swin
+    model.window = placeholder(int)  # side of a Swin's window in patches
+    model.class_layers = placeholder(int)  # a CaiT's layers of class attention
     model.qkv_bias = placeholder(bool)  # whether queries, keys and values have a bias
     model.norm_eps = placeholder(float)  # epsilon of LayerNorm
     model.skip_lam = placeholder(float)  # residual branches are divided by this
     model.layer_scale = placeholder(float)  # initial value of LayerScale
     model.drop_path = placeholder(float)  # rate of stochastic depth at the last block
     model.spatial_layers = placeholder(int)  # blocks with SP-SA, from the first
+    model.class_token_layer = placeholder(int)  # which the class token enters
     model.prior_extent = placeholder(int)  # grid side to which SP-SA's offsets are rescaled
     model.pos_conv = placeholder(bool)  # position convolution after each block
     model.masked_heads = placeholder(object)  # ((layers, heads), …) or "thirds"
@@ -211,7 +215,7 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
     return resolved
 
 
-def model_settings(config: ConfigDict, *, num_classes: int) -> ViTConfig:
+def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
     """Returns the model's configuration: the named model with the fields that are not None."""
     fields = {k: v for k, v in config.model.to_dict().items() if v is not None}
     fields = {k: _as_tuple(v) for k, v in fields.items()}

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models.vit import Outputs, ViT, ViTConfig
+from spvit_jax.models.base import Model, ModelConfig, Outputs
+from spvit_jax.models.cait import CaiT, CaiTConfig
+from spvit_jax.models.swin import Swin, SwinConfig
+from spvit_jax.models.vit import ViT, ViTConfig
 
-__all__ = ["Outputs", "ViT", "ViTConfig", "create_model", "list_models", "model_config"]
+__all__ = [
+    "FAMILIES",
+    "CaiT",
+    "CaiTConfig",
+    "Model",
+    "ModelConfig",
+    "Outputs",
+    "Swin",
+    "SwinConfig",
+    "ViT",
+    "ViTConfig",
+    "create_model",
+    "evaluation_protocol",
+    "list_models",
+    "model_config",
+]
+
+FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig, CaiTConfig, SwinConfig)
 
 
 def _deit(dim: int, num_heads: int, *, distilled: bool = False) -> ViTConfig:
@@ -60,7 +80,21 @@ def _mait(dim: int, num_heads: int, *, layer_scale: float | None = None) -> ViTC
     )
 
 
-_MODELS: dict[str, ViTConfig] = {
+def _cait(
+    dim: int, num_heads: int, depth: int, drop_path: float, *, layer_scale: float = 1e-5
+) -> CaiTConfig:
+    return CaiTConfig(
+        dim=dim, num_heads=num_heads, depth=depth, drop_path=drop_path, layer_scale=layer_scale
+    )
+
+
+def _swin(dim: int, num_heads: int, depth: int, drop_path: float) -> SwinConfig:
+    return SwinConfig(
+        dim=dim, num_heads=num_heads, depths=(2, 2, depth, 2), drop_path=drop_path
+    )
+
+
+_MODELS: dict[str, ModelConfig] = {
     "deit_ti": _deit(192, 3),
     "deit_s": _deit(384, 6),
     "deit_b": _deit(768, 12),
@@ -79,12 +113,60 @@ _MODELS: dict[str, ViTConfig] = {
     "mait_xs": _mait(288, 3),
     "mait_s": _mait(384, 6),
     "mait_s_layerscale": _mait(384, 6, layer_scale=1e-5),
+    "cait_xxs24": _cait(192, 4, 24, 0.05),
+    "cait_xxs36": _cait(192, 4, 36, 0.1),
+    "cait_xs24": _cait(288, 6, 24, 0.05),
+    "cait_s24": _cait(384, 8, 24, 0.1),
+    "cait_s36": _cait(384, 8, 36, 0.2, layer_scale=1e-6),
+    "cait_m36": _cait(768, 16, 36, 0.3, layer_scale=1e-6),
+    "cait_m48": _cait(768, 16, 48, 0.4, layer_scale=1e-6),
+    "swin_t": _swin(96, 3, 6, 0.2),
+    "swin_s": _swin(96, 3, 18, 0.3),
+    "swin_b": _swin(128, 4, 18, 0.5),
+    "swin_l": _swin(192, 6, 18, 0.2),
 }
+
+# (pattern of names, crop below 384 pixels, crop from 384 on); the first that matches counts.
+_EVALUATION_CROPS = (
+    ("deit_*", 0.875, 0.875),
+    ("mait_*", 0.875, 0.875),
+    ("lvvit_[ml]", 1.0, 1.0),
+    ("lvvit_*", 0.9, 0.9),
+    ("spvit_[ml]", 1.0, 1.0),
+    ("spvit_*", 0.9, 0.9),
+    ("cait_*", 1.0, 1.0),
+    ("swin_*", 0.9, 1.0),
+)
+
+
+class EvaluationProtocol(NamedTuple):
+    """How a model's authors make an evaluation image, apart from its size.
+
+    Attributes:
+      crop: the share of the resized image's side that the centre crop keeps.
+      interpolation: "bilinear" or "bicubic".
+    """
+
+    crop: float
+    interpolation: str
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of the models that match a shell pattern such as "spvit*"."""
     return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationProtocol:
+    """Returns how a named model is evaluated at an image shape (height, width) in pixels.
+
+    Raises:
+      InputError: the name is unknown.
+    """
+    _check_name(name)
+    small, large = next(
+        crops for pattern, *crops in _EVALUATION_CROPS if fnmatch.fnmatch(name, pattern)
+    )
+    return EvaluationProtocol(large if min(image_shape) >= 384 else small, "bicubic")
 
 
 def model_config(
@@ -93,14 +175,13 @@ def model_config(
     image_size: int | tuple[int, int] = 224,
     num_classes: int = 1000,
     **overrides: Any,
-) -> ViTConfig:
+) -> ModelConfig:
     """Returns the configuration of a named model with some of its fields replaced.
 
     Raises:
       InputError: the name or a field is unknown, or the fields contradict each other.
     """
-    if name not in _MODELS:
-        raise InputError(f"unknown model {name!r}{nearest(name, _MODELS)}")
+    _check_name(name)
     base = _MODELS[name]
     fields = [field.name for field in dataclasses.fields(base)]
     for field in overrides:
@@ -116,7 +197,7 @@ def create_model(
     num_classes: int = 1000,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
-) -> ViT:
+) -> Model:
     """Creates a model by name, in evaluation mode.
 
     Args:
@@ -124,7 +205,7 @@ def create_model(
       image_size: pixels, one number or (height, width).
       num_classes: C.
       rngs: for the initial weights; `nnx.Rngs(0)` if not given.
-      **overrides: fields of the model's configuration, `ViTConfig`.
+      **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Returns:
       A module whose call maps [B, height, width, 3] normalised images to logits [B, C].
@@ -134,3 +215,8 @@ def create_model(
     """
     config = model_config(name, image_size=image_size, num_classes=num_classes, **overrides)
     return config.build(rngs if rngs is not None else nnx.Rngs(0))
+
+
+def _check_name(name: str) -> None:
+    if name not in _MODELS:
+        raise InputError(f"unknown model {name!r}{nearest(name, _MODELS)}")

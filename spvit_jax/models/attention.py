@@ -6,6 +6,9 @@ What the gain G and the bias B are is decided in `spatial.py`; how blocks are st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,8 +18,17 @@ from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
 
+Mix = Callable[[jax.Array], jax.Array]  # a map over the heads of [B, H, n, m]
+
+
 def attention_weights(
-    q: jax.Array, k: jax.Array, gain: jax.Array | None = None, bias: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    gain: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    mix_scores: Mix | None = None,
+    mix_weights: Mix | None = None,
 ) -> jax.Array:
     """Computes A = softmax(G ⊙ QKᵀ/√d + B), in float32 at least, whatever the inputs' dtype.
 
@@ -25,17 +37,24 @@ def attention_weights(
       k: keys [B, m, H, d].
       gain: G, [H, n, m] or anything that broadcasts to [B, H, n, m]; None stands for 1.
       bias: B, likewise; None stands for 0. An entry of -inf removes a pair.
+      mix_scores: talking heads' map of QKᵀ/√d; G and B act on what it returns, so that a head
+        that is masked stays so.
+      mix_weights: talking heads' map of the weights, after the softmax.
 
     Returns:
-      Attention weights [B, H, n, m], float32 or float64, each row summing to 1.
+      Attention weights [B, H, n, m], float32 or float64, each row summing to 1 (before
+      `mix_weights`).
     """
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=accumulation_dtype(q.dtype))
     scores = scores * q.shape[-1] ** -0.5
+    if mix_scores is not None:
+        scores = mix_scores(scores)
     if gain is not None:
         scores = scores * gain
     if bias is not None:
         scores = scores + bias
-    return jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return weights if mix_weights is None else mix_weights(weights)
 
 
 def attention(
@@ -44,6 +63,9 @@ def attention(
     v: jax.Array,
     gain: jax.Array | None = None,
     bias: jax.Array | None = None,
+    *,
+    mix_scores: Mix | None = None,
+    mix_weights: Mix | None = None,
 ) -> jax.Array:
     """Computes softmax(G ⊙ QKᵀ/√d + B) V.
 
@@ -56,12 +78,29 @@ def attention(
       v: values [B, m, H, d].
       gain: G, as in `attention_weights`.
       bias: B, as in `attention_weights`.
+      mix_scores: as in `attention_weights`.
+      mix_weights: as in `attention_weights`.
 
     Returns:
       [B, n, H, d] in the dtype of `v`.
     """
-    weights = attention_weights(q, k, gain, bias).astype(v.dtype)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+    weights = attention_weights(q, k, gain, bias, mix_scores=mix_scores, mix_weights=mix_weights)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
+
+
+class TalkingHeads(nnx.Module):
+    """A linear map over the heads of scores or weights [B, H, n, m] (CaiT, arXiv 2103.17239).
+
+    Parameters kernel [H, H], from old heads to new ones, and bias [H].
+    """
+
+    def __init__(self, num_heads: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(linear_kernel(rngs.params(), (num_heads, num_heads), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((num_heads,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mixed = jnp.einsum("bhnm,hg->bgnm", x, self.kernel[...])
+        return mixed + self.bias[...][:, None, None]
 
 
 class Attention(nnx.Module):
@@ -70,6 +109,8 @@ class Attention(nnx.Module):
     Attributes:
       prior: the learned gain of SP-SA, or None for a layer without one.
       mask: the neighbourhood to which the first heads are masked, or None.
+      mix_scores: talking heads before the softmax, or None.
+      mix_weights: talking heads after the softmax, or None.
     """
 
     def __init__(
@@ -81,6 +122,7 @@ class Attention(nnx.Module):
         spatial_prior: bool = False,
         prior_extent: int | None = None,
         mask: LocalityMask | None = None,
+        talking_heads: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -95,6 +137,8 @@ class Attention(nnx.Module):
             else None
         )
         self.mask = mask
+        self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
+        self.mix_weights = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
 
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
@@ -116,13 +160,26 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
         q, k, v = self._qkv(x)
-        out = attention(q, k, v, self.gain(grid, num_prefix), self.bias(grid, num_prefix))
+        out = attention(q, k, v, **self._modifiers(grid, num_prefix))
         return self.proj(out.reshape(x.shape))
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
         q, k, _ = self._qkv(x)
-        return attention_weights(q, k, self.gain(grid, num_prefix), self.bias(grid, num_prefix))
+        return attention_weights(q, k, **self._modifiers(grid, num_prefix))
+
+    def map_grid(self, grid: Grid) -> Grid:
+        """Returns the grid that `weights` are about, where tokens have the given one."""
+        return grid
+
+    def _modifiers(self, grid: Grid, num_prefix: int) -> dict[str, Any]:
+        """Returns all that enters the equation besides q, k and v, as keyword arguments."""
+        return {
+            "gain": self.gain(grid, num_prefix),
+            "bias": self.bias(grid, num_prefix),
+            "mix_scores": self.mix_scores,
+            "mix_weights": self.mix_weights,
+        }
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects x to queries, keys and values [B, n, H, d]; columns are ordered [3, H, d]."""

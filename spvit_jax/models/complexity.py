@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from spvit_jax.models.vit import ViT, ViTConfig
+from spvit_jax.models.base import Model, ModelConfig
 
 
-def count_parameters(config: ViTConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Returns the exact number of trainable parameters, without allocating any."""
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(config), nnx.Param)))
 
 
-def count_macs(config: ViTConfig) -> int:
+def count_macs(config: ModelConfig) -> int:
     """Returns the multiply-adds of convolutions and matrix products for one image."""
     graphdef, state = nnx.split(_abstract(config))
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
@@ -28,7 +28,7 @@ def count_macs(config: ViTConfig) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _abstract(config: ViTConfig) -> ViT:
+def _abstract(config: ModelConfig) -> Model:
     """Returns the model with shapes in the place of arrays; it takes seconds for a large one."""
     return nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
 

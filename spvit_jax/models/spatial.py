@@ -1,8 +1,8 @@
 """What the gain G and the bias B of the one equation are: functions of where two patches lie.
 
-`SpatialPrior` is SP-ViT's learned gain, `LocalityMask` MaiT's neighbourhood. Both know the grid
-of patches and the number of prefix tokens because they are told, and never guess them. How G and
-B enter attention is in `attention.py`.
+`SpatialPrior` is SP-ViT's learned gain, `LocalityMask` MaiT's neighbourhood, `RelativePositionBias`
+Swin's learned bias. They know the grid of patches and the number of prefix tokens because they are
+told, and never guess them. How G and B enter attention is in `attention.py`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,22 @@ class SpatialPrior(nnx.Module):
     def __call__(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the gain G [H, P+N, P+N] float32, with 1 for prefix tokens."""
         return pad_prefix(toeplitz(self.table(grid)), num_prefix, 1.0)
+
+
+class RelativePositionBias(nnx.Module):
+    """Swin's bias (arXiv 2103.14030): per head, one learned number for each offset in a window.
+
+    Parameter table [H, 2h-1, 2w-1], in the order of `offsets`.
+    """
+
+    def __init__(self, num_heads: int, window: Grid, *, rngs: nnx.Rngs):
+        h, w = window
+        shape = (num_heads, 2 * h - 1, 2 * w - 1)
+        self.table = nnx.Param(linear_kernel(rngs.params(), shape, jnp.float32))
+
+    def __call__(self) -> jax.Array:
+        """Returns the bias B [H, N, N] float32 of a window of N patches."""
+        return toeplitz(self.table[...])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from spvit_jax.training.state import map_named
 # (pattern, whether weight decay applies); the first that matches a parameter's name decides.
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(pos_embed|cls_token|dist_token)$", False),
-    (r"(^|/)(bias|b1|b2|scale|gamma)$", False),
+    (r"(^|/)(bias|b1|b2|scale|gamma|position/table)$", False),
     (r"(^|/)(kernel|w1|w2)$", True),
 )
 

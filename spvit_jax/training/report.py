@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spvit_jax import config as config_lib
-from spvit_jax.models import ViTConfig
+from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.training.state import Metrics, named_leaves
 
@@ -58,7 +58,7 @@ def start_logging(workdir: pathlib.Path) -> None:
 
 def summarize(
     config: ConfigDict,
-    model: ViTConfig,
+    model: ModelConfig,
     params: nnx.State,
     *,
     num_train: int,

@@ -27,7 +27,7 @@ PRESETS: dict[str, Rules] = {
     "fsdp": (
         (r"(^|/)(step|nan_step|count|metrics/.*)$", "replicate"),
         (r"(^|/)(mean|var)$", "replicate"),
-        (r"(^|/)(kernel|bias|scale|gamma|w1|b1|w2|b2)$", "split"),
+        (r"(^|/)(kernel|bias|scale|gamma|w1|b1|w2|b2|table)$", "split"),
         (r"(^|/)(pos_embed|cls_token|dist_token)$", "split"),
     ),
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from spvit_jax.models import ViT
+from spvit_jax.models import Model
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count) under each name
 
@@ -28,13 +28,13 @@ class Variables(struct.PyTreeNode):
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, model: ViT) -> Self:
+    def of(cls, model: Model) -> Self:
         """Takes a model apart."""
         graphdef = nnx.graphdef(model)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return cls(params=params, stats=stats, graphdef=graphdef)
 
-    def model(self, *, train: bool = False) -> ViT:
+    def model(self, *, train: bool = False) -> Model:
         """Puts the model together again, in evaluation or in train mode."""
         # A copy, so that BatchNorm's update inside a differentiated function stays there.
         model = nnx.merge(self.graphdef, self.params, self.stats, copy=True)
@@ -91,7 +91,7 @@ def zero_metrics() -> Metrics:
     return {name: (jnp.zeros(()), jnp.zeros(())) for name in METRICS}
 
 
-def create(model: ViT, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+def create(model: Model, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """Returns the state before the first step."""
     variables = Variables.of(model)
     return TrainState(

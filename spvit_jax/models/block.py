@@ -1,0 +1,75 @@
+"""The pre-norm transformer block of every family: attention and MLP on residual branches."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spvit_jax.models.attention import Attention
+from spvit_jax.models.layers import LayerScale, Mlp, PosConv, drop_path
+from spvit_jax.models.spatial import Grid
+
+
+class Block(nnx.Module):
+    """Attention, MLP and, for SP-ViT, a position convolution.
+
+    What kind of attention it is, is decided by who creates the block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: Attention,
+        *,
+        mlp_ratio: float,
+        norm_eps: float,
+        drop_path: float,
+        skip_lam: float = 1.0,
+        layer_scale: float | None = None,
+        pos_conv: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Creates the block.
+
+        Args:
+          dim: D.
+          attn: the attention, on D channels.
+          mlp_ratio: hidden width of the MLP over D.
+          norm_eps: epsilon of LayerNorm.
+          drop_path: rate at which an example loses a residual branch in training.
+          skip_lam: residual branches are divided by this (LV-ViT).
+          layer_scale: initial value of LayerScale; None is without.
+          pos_conv: whether a position convolution follows.
+          dtype: of the computation.
+          rngs: for the initial weights.
+        """
+        norm = functools.partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+        self.norm1 = norm(dim)
+        self.attn = attn
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
+        self.scale1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
+        self.scale2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
+        self.pos_conv = PosConv(dim, dtype=dtype, rngs=rngs) if pos_conv else None
+        self.skip_lam = skip_lam
+        self.drop_path = drop_path
+
+    def __call__(
+        self, x: jax.Array, grid: Grid, num_prefix: int, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps tokens [B, P+N, D]; `key` draws the drop path in training, None is evaluation."""
+        key1, key2 = (None, None) if key is None else jax.random.split(key)
+        x = x + self._branch(self.attn(self.norm1(x), grid, num_prefix), self.scale1, key1)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, key2)
+        if self.pos_conv is not None:
+            x = self.pos_conv(x, grid, num_prefix)
+        return x
+
+    def _branch(self, x: jax.Array, scale: LayerScale | None, key: jax.Array | None) -> jax.Array:
+        if scale is not None:
+            x = scale(x)
+        return drop_path(x, self.drop_path, key) / self.skip_lam

@@ -1,0 +1,289 @@
+"""Swin: attention inside windows that shift, on grids that shrink (arXiv 2103.14030).
+
+A window is the grid of the project's one equation: its bias B is learned per offset, and -inf
+across the seam of a shifted window; MaiT's masked heads are an argument here as elsewhere. Named
+settings are in the registry, `spvit_jax.models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spvit_jax.errors import InputError
+from spvit_jax.models.attention import Attention, attention, attention_weights
+from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
+from spvit_jax.models.block import Block
+from spvit_jax.models.initializers import linear_kernel
+from spvit_jax.models.layers import PatchEmbed
+from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig(ModelConfig):
+    """Everything that defines a Swin.
+
+    `dim` and `num_heads` are those of the first stage and double with each; `drop_path` is the
+    rate at the last layer, growing linearly from 0 at the first; `masked_heads` counts layers
+    through all stages, and its masks restrict heads inside their window.
+    """
+
+    patch_size: int = 4  # pixels
+    dim: int = 96
+    num_heads: int = 3
+    norm_eps: float = 1e-5
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # layers of each stage
+    window: int | None = None  # patches; None: 1/32 of the image's shorter side, 7 at 224 pixels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.depths, default=0) < 1:
+            raise InputError(f"depths is {self.depths}; expected at least one layer in each stage")
+        if self.window is not None and self.window < 1:
+            raise InputError(f"window is {self.window}; expected at least 1 patch")
+
+    @property
+    def window_size(self) -> int:
+        """Side of a window in patches, where the grid is not smaller."""
+        return self.window or max(min(self.image_shape) // 32, 1)
+
+    def stages(self) -> list[tuple[Grid, int, int]]:
+        """Returns each stage's grid (h, w), channels and heads."""
+        (h, w), stages = self.grid, []
+        for stage in range(len(self.depths)):
+            stages.append(((h, w), self.dim * 2**stage, self.num_heads * 2**stage))
+            h, w = -(-h // 2), -(-w // 2)
+        return stages
+
+    def heads_per_layer(self) -> list[int]:
+        """Returns the number of attention heads of each layer."""
+        return [
+            heads
+            for (_, _, heads), depth in zip(self.stages(), self.depths, strict=True)
+            for _ in range(depth)
+        ]
+
+    def build(self, rngs: nnx.Rngs) -> Swin:
+        """Creates the model."""
+        return Swin(self, rngs=rngs)
+
+
+class WindowAttention(Attention):
+    """Attention of each patch to those in its window, with a bias for each offset.
+
+    Along an axis on which the grid is no larger than the window, one window spans the grid and
+    there is no shift. A grid that windows do not divide is padded with zeros, which take part, as
+    in the authors' code for detection.
+
+    Attributes:
+      window: (rows, columns) of a window in patches.
+      shift: (rows, columns) by which the windows are moved.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        grid: Grid,
+        window: int,
+        shifted: bool,
+        qkv_bias: bool,
+        mask: LocalityMask | None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, mask=mask, dtype=dtype, rngs=rngs)
+        h, w = grid
+        self.window = (min(h, window), min(w, window))
+        self.shift = (
+            window // 2 if shifted and h > window else 0,
+            window // 2 if shifted and w > window else 0,
+        )
+        self.position = RelativePositionBias(num_heads, self.window, rngs=rngs)
+
+    def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
+        """Returns G [H, n, n] of a window of n patches, or None where it is 1."""
+        return super().gain(self.window, num_prefix)
+
+    def bias(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns B [windows, H, n, n] of a grid's windows of n patches."""
+        hard = super().bias(self.window, num_prefix)
+        bias = self.position() if hard is None else self.position() + hard
+        seam = _seam(_padded(grid, self.window), self.window, self.shift)
+        return bias + jnp.asarray(seam, bias.dtype)[:, None]
+
+    def map_grid(self, grid: Grid) -> Grid:
+        """Returns the grid of a window."""
+        return self.window
+
+    def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Attends among the tokens x [B, N, D] of a grid h·w = N."""
+        windows, arguments = self._windows(x, grid)
+        q, k, v = self._qkv(windows)
+        out = attention(q, k, v, **arguments).reshape(windows.shape)
+        return self._undo_windows(self.proj(out), grid)
+
+    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32."""
+        windows, arguments = self._windows(x, grid)
+        q, k, _ = self._qkv(windows)
+        return attention_weights(q, k, **arguments)
+
+    def _windows(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+        """Cuts tokens [B, N, D] to windows [B·windows, n, D]; adds their gain and bias."""
+        (h, w), (rows, columns) = grid, self.window
+        height, width = _padded(grid, self.window)
+        image = x.reshape(-1, h, w, x.shape[-1])
+        image = jnp.pad(image, ((0, 0), (0, height - h), (0, width - w), (0, 0)))
+        image = jnp.roll(image, (-self.shift[0], -self.shift[1]), axis=(1, 2))
+        cut = image.reshape(-1, height // rows, rows, width // columns, columns, x.shape[-1])
+        windows = cut.swapaxes(2, 3).reshape(-1, rows * columns, x.shape[-1])
+        bias = self.bias(grid)
+        per_image = jnp.broadcast_to(bias, (x.shape[0], *bias.shape))
+        return windows, {
+            "gain": self.gain(grid),
+            "bias": per_image.reshape(-1, *bias.shape[1:]),
+        }
+
+    def _undo_windows(self, windows: jax.Array, grid: Grid) -> jax.Array:
+        (h, w), (rows, columns), dim = grid, self.window, windows.shape[-1]
+        height, width = _padded(grid, self.window)
+        cut = windows.reshape(-1, height // rows, width // columns, rows, columns, dim)
+        image = cut.swapaxes(2, 3).reshape(-1, height, width, dim)
+        image = jnp.roll(image, self.shift, axis=(1, 2))
+        return image[:, :h, :w].reshape(-1, h * w, dim)
+
+
+class PatchMerging(nnx.Module):
+    """Halves the grid: the channels of 2×2 patches, normalised, become twice as many as of one.
+
+    An odd grid is padded with zeros.
+    """
+
+    def __init__(self, dim: int, *, norm_eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(4 * dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+        self.reduction = nnx.Linear(
+            4 * dim, 2 * dim, use_bias=False, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, tokens: Tokens) -> Tokens:
+        """Maps tokens [B, N, D] of a grid (h, w) to [B, ⌈h/2⌉·⌈w/2⌉, 2D]."""
+        x, (h, w), _ = tokens
+        batch, _, dim = x.shape
+        image = jnp.pad(x.reshape(batch, h, w, dim), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+        h, w = -(-h // 2), -(-w // 2)
+        # Four patches side by side, in the order of the authors: down first, then right.
+        fours = image.reshape(batch, h, 2, w, 2, dim).transpose(0, 1, 3, 4, 2, 5)
+        fours = fours.reshape(batch, h * w, 4 * dim)
+        return Tokens(self.reduction(self.norm(fours)), (h, w), 0)
+
+
+class Swin(Model):
+    """Stages of window attention on grids of 1, 1/2, 1/4 and 1/8 of the first one's side.
+
+    `blocks` are those of all stages in order; `merges[s]` stands between stages s and s + 1.
+    """
+
+    config: SwinConfig
+
+    def __init__(self, config: SwinConfig, *, rngs: nnx.Rngs):
+        dtype, eps, stages = jnp.dtype(config.dtype), config.norm_eps, config.stages()
+        last = stages[-1][1]
+        super().__init__(config)
+        self.patch_embed = PatchEmbed(config.dim, config.patch_size, dtype=dtype, rngs=rngs)
+        self.patch_norm = nnx.LayerNorm(config.dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                _block(config, stage, sum(config.depths[:stage]) + index, index % 2 == 1, rngs)
+                for stage, depth in enumerate(config.depths)
+                for index in range(depth)
+            ]
+        )
+        self.merges = nnx.List(
+            [
+                PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs)
+                for _, dim, _ in stages[:-1]
+            ]
+        )
+        self.norm = nnx.LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            last, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+        )
+        self.eval()
+
+    def hidden_states(self, patches: jax.Array, key: jax.Array | None = None) -> Iterator[Tokens]:
+        """Yields the tokens that enter each block, then those that leave the last."""
+        batch, h, w, dim = patches.shape
+        tokens = Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
+        layer = 0
+        for stage, depth in enumerate(self.config.depths):
+            if stage > 0:
+                tokens = self.merges[stage - 1](tokens)
+            for _ in range(depth):
+                yield tokens
+                tokens = self._run(layer, tokens, key)
+                layer += 1
+        yield tokens
+
+    def classify(self, tokens: jax.Array) -> Outputs:
+        """Applies the head to the mean of normalised tokens [B, N, D]."""
+        return Outputs(logits=self._logits(self.head, tokens.mean(axis=1)))
+
+
+def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.Rngs) -> Block:
+    grid, dim, heads = config.stages()[stage]
+    dtype = jnp.dtype(config.dtype)
+    attn = WindowAttention(
+        dim,
+        heads,
+        grid=grid,
+        window=config.window_size,
+        shifted=shifted,
+        qkv_bias=config.qkv_bias,
+        mask=config.mask(layer),
+        dtype=dtype,
+        rngs=rngs,
+    )
+    return Block(
+        dim,
+        attn,
+        mlp_ratio=config.mlp_ratio,
+        norm_eps=config.norm_eps,
+        drop_path=config.drop_path * layer / max(sum(config.depths) - 1, 1),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _padded(grid: Grid, window: Grid) -> Grid:
+    """Returns the smallest grid from `grid` on that windows divide."""
+    return -(-grid[0] // window[0]) * window[0], -(-grid[1] // window[1]) * window[1]
+
+
+def _seam(grid: Grid, window: Grid, shift: tuple[int, int]) -> np.ndarray:
+    """Returns the bias of shifted windows: -inf between patches that were not neighbours.
+
+    Moving the windows wraps the first `shift` rows and columns around to the end.
+
+    Args:
+      grid: (h, w), a multiple of the window.
+      window: (rows, columns).
+      shift: (rows, columns); (0, 0) has no seam.
+
+    Returns:
+      [windows, n, n] with n patches in a window, or [1, 1, 1] of 0 without a seam.
+    """
+    if shift == (0, 0):
+        return np.zeros((1, 1, 1))
+    (h, w), (rows, columns) = grid, window
+    wrapped_y, wrapped_x = np.arange(h) >= h - shift[0], np.arange(w) >= w - shift[1]
+    side = 2 * wrapped_y[:, None] + wrapped_x[None, :]
+    cut = side.reshape(h // rows, rows, w // columns, columns).swapaxes(1, 2)
+    cut = cut.reshape(-1, rows * columns)
+    return np.where(cut[:, :, None] == cut[:, None, :], 0.0, -np.inf)
