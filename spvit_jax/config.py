@@ -218,7 +218,6 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
 def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
     """Returns the model's configuration: the named model with the fields that are not None."""
     fields = {k: v for k, v in config.model.to_dict().items() if v is not None}
-    fields = {k: _as_tuple(v) for k, v in fields.items()}
     return model_config(fields.pop("name"), num_classes=num_classes, **fields)
 
 
@@ -275,8 +274,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return flat
-
-
-def _as_tuple(value: Any) -> Any:
-    """Makes lists, which JSON has in the place of tuples, tuples again."""
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value

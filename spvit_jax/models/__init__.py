@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -31,6 +32,7 @@ __all__ = [
     "ViTConfig",
     "create_model",
     "evaluation_protocol",
+    "from_dict",
     "list_models",
     "model_config",
 ]
@@ -89,9 +91,7 @@ def _cait(
 
 
 def _swin(dim: int, num_heads: int, depth: int, drop_path: float) -> SwinConfig:
-    return SwinConfig(
-        dim=dim, num_heads=num_heads, depths=(2, 2, depth, 2), drop_path=drop_path
-    )
+    return SwinConfig(dim=dim, num_heads=num_heads, depths=(2, 2, depth, 2), drop_path=drop_path)
 
 
 _MODELS: dict[str, ModelConfig] = {
@@ -183,11 +183,28 @@ def model_config(
     """
     _check_name(name)
     base = _MODELS[name]
+    overrides = {field: _as_tuple(value) for field, value in overrides.items()}
     fields = [field.name for field in dataclasses.fields(base)]
     for field in overrides:
         if field not in fields:
             raise InputError(f"model {name!r} has no field {field!r}{nearest(field, fields)}")
-    return dataclasses.replace(base, image_size=image_size, num_classes=num_classes, **overrides)
+    return dataclasses.replace(
+        base, image_size=_as_tuple(image_size), num_classes=num_classes, **overrides
+    )
+
+
+def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+    """Returns the configuration that `ModelConfig.to_dict` was called on, also through JSON.
+
+    Raises:
+      InputError: the fields are not those of a model of this version.
+    """
+    families = {family.__name__: family for family in FAMILIES}
+    try:
+        settings = {name: _as_tuple(value) for name, value in fields.items() if name != "family"}
+        return families[fields["family"]](**settings)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"saved settings of a model cannot be read: {error}") from error
 
 
 def create_model(
@@ -215,6 +232,11 @@ def create_model(
     """
     config = model_config(name, image_size=image_size, num_classes=num_classes, **overrides)
     return config.build(rngs if rngs is not None else nnx.Rngs(0))
+
+
+def _as_tuple(value: Any) -> Any:
+    """Makes lists, which JSON has in the place of tuples, tuples again."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _check_name(name: str) -> None:

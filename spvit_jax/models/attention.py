@@ -7,7 +7,6 @@ What the gain G and the bias B are is decided in `spatial.py`; how blocks are st
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from flax import nnx
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
-
 
 Mix = Callable[[jax.Array], jax.Array]  # a map over the heads of [B, H, n, m]
 
@@ -160,26 +158,20 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
         q, k, v = self._qkv(x)
-        out = attention(q, k, v, **self._modifiers(grid, num_prefix))
+        mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
+        out = attention(q, k, v, self.gain(grid, num_prefix), self.bias(grid, num_prefix), **mix)
         return self.proj(out.reshape(x.shape))
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
         q, k, _ = self._qkv(x)
-        return attention_weights(q, k, **self._modifiers(grid, num_prefix))
+        mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
+        gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
+        return attention_weights(q, k, gain, bias, **mix)
 
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid that `weights` are about, where tokens have the given one."""
         return grid
-
-    def _modifiers(self, grid: Grid, num_prefix: int) -> dict[str, Any]:
-        """Returns all that enters the equation besides q, k and v, as keyword arguments."""
-        return {
-            "gain": self.gain(grid, num_prefix),
-            "bias": self.bias(grid, num_prefix),
-            "mix_scores": self.mix_scores,
-            "mix_weights": self.mix_weights,
-        }
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects x to queries, keys and values [B, n, H, d]; columns are ordered [3, H, d]."""

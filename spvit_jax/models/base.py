@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,10 @@ class ModelConfig:
     def build(self, rngs: nnx.Rngs) -> Model:
         """Creates the model."""
         raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields and the family as JSON can hold them; see `models.from_dict`."""
+        return {"family": type(self).__name__, **dataclasses.asdict(self)}
 
 
 @struct.dataclass

@@ -124,34 +124,31 @@ class WindowAttention(Attention):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
-        windows, arguments = self._windows(x, grid)
+        windows = self._cut(x, grid)
         q, k, v = self._qkv(windows)
-        out = attention(q, k, v, **arguments).reshape(windows.shape)
-        return self._undo_windows(self.proj(out), grid)
+        out = attention(q, k, v, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
+        return self._undo_cut(self.proj(out.reshape(windows.shape)), grid)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32."""
-        windows, arguments = self._windows(x, grid)
-        q, k, _ = self._qkv(windows)
-        return attention_weights(q, k, **arguments)
+        q, k, _ = self._qkv(self._cut(x, grid))
+        return attention_weights(q, k, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
 
-    def _windows(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, dict[str, jax.Array | None]]:
-        """Cuts tokens [B, N, D] to windows [B·windows, n, D]; adds their gain and bias."""
-        (h, w), (rows, columns) = grid, self.window
+    def _bias_of_batch(self, batch: int, grid: Grid) -> jax.Array:
+        bias = self.bias(grid)
+        return jnp.broadcast_to(bias, (batch, *bias.shape)).reshape(-1, *bias.shape[1:])
+
+    def _cut(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """Cuts tokens [B, N, D] to windows [B·windows, n, D]."""
+        (h, w), (rows, columns), dim = grid, self.window, x.shape[-1]
         height, width = _padded(grid, self.window)
-        image = x.reshape(-1, h, w, x.shape[-1])
+        image = x.reshape(-1, h, w, dim)
         image = jnp.pad(image, ((0, 0), (0, height - h), (0, width - w), (0, 0)))
         image = jnp.roll(image, (-self.shift[0], -self.shift[1]), axis=(1, 2))
-        cut = image.reshape(-1, height // rows, rows, width // columns, columns, x.shape[-1])
-        windows = cut.swapaxes(2, 3).reshape(-1, rows * columns, x.shape[-1])
-        bias = self.bias(grid)
-        per_image = jnp.broadcast_to(bias, (x.shape[0], *bias.shape))
-        return windows, {
-            "gain": self.gain(grid),
-            "bias": per_image.reshape(-1, *bias.shape[1:]),
-        }
+        cut = image.reshape(-1, height // rows, rows, width // columns, columns, dim)
+        return cut.swapaxes(2, 3).reshape(-1, rows * columns, dim)
 
-    def _undo_windows(self, windows: jax.Array, grid: Grid) -> jax.Array:
+    def _undo_cut(self, windows: jax.Array, grid: Grid) -> jax.Array:
         (h, w), (rows, columns), dim = grid, self.window, windows.shape[-1]
         height, width = _padded(grid, self.window)
         cut = windows.reshape(-1, height // rows, width // columns, rows, columns, dim)
@@ -206,10 +203,7 @@ class Swin(Model):
             ]
         )
         self.merges = nnx.List(
-            [
-                PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs)
-                for _, dim, _ in stages[:-1]
-            ]
+            [PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs) for _, dim, _ in stages[:-1]]
         )
         self.norm = nnx.LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
@@ -277,13 +271,11 @@ def _seam(grid: Grid, window: Grid, shift: tuple[int, int]) -> np.ndarray:
       shift: (rows, columns); (0, 0) has no seam.
 
     Returns:
-      [windows, n, n] with n patches in a window, or [1, 1, 1] of 0 without a seam.
+      [windows, n, n] with n patches in a window.
     """
-    if shift == (0, 0):
-        return np.zeros((1, 1, 1))
     (h, w), (rows, columns) = grid, window
     wrapped_y, wrapped_x = np.arange(h) >= h - shift[0], np.arange(w) >= w - shift[1]
     side = 2 * wrapped_y[:, None] + wrapped_x[None, :]
     cut = side.reshape(h // rows, rows, w // columns, columns).swapaxes(1, 2)
-    cut = cut.reshape(-1, rows * columns)
-    return np.where(cut[:, :, None] == cut[:, None, :], 0.0, -np.inf)
+    windows = cut.reshape(-1, rows * columns)
+    return np.where(windows[:, :, None] == windows[:, None, :], 0.0, -np.inf)

@@ -17,9 +17,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from spvit_jax.errors import InputError
 from spvit_jax.models import ViTConfig
+from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding
 from spvit_jax.training.report import log
-from spvit_jax.training.state import Variables, named_leaves
+from spvit_jax.training.state import Variables
 
 _FOLDER = "checkpoints"  # in the workdir
 _CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from spvit_jax.training.state import map_named
+from spvit_jax.models.naming import map_named
 
 # (pattern, whether weight decay applies); the first that matches a parameter's name decides.
 DECAY_RULES: tuple[tuple[str, bool], ...] = (

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from spvit_jax import config as config_lib
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
-from spvit_jax.training.state import Metrics, named_leaves
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.training.state import Metrics
 
 log = logging.getLogger("spvit_jax")
 

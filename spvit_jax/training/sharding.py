@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.training.state import map_named
+from spvit_jax.models.naming import map_named
 
 # (pattern of a leaf's name, placement): "split" is the largest dimension that divides over the
 # fsdp axis, "replicate" every device. The rules must match every leaf.
@@ -61,7 +61,7 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
     """Returns a pytree of shardings like `state`.
 
     Args:
-      state: a pytree of arrays or of their shapes, with leaf names as in `state.leaf_name`.
+      state: a pytree of arrays or of their shapes, with leaf names as in `naming.leaf_name`.
       mesh: from `make_mesh`.
       preset: one of `PRESETS`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -102,18 +102,3 @@ def create(model: Model, optimizer: optax.GradientTransformation, *, ema: bool) 
         metrics=zero_metrics(),
         nan_step=jnp.full((), -1, jnp.int32),
     )
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Returns a leaf's name, such as `model/params/blocks/3/attn/prior/w1`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree under their names."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def map_named(function: Any, tree: Any) -> Any:
-    """Maps `function(name, leaf)` over a pytree."""
-    return jax.tree.map_with_path(lambda path, leaf: function(leaf_name(path), leaf), tree)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from spvit_jax.errors import InputError
 from spvit_jax.models import layers as layers_lib
-from spvit_jax.training.state import named_leaves
+from spvit_jax.models.naming import named_leaves
 from tests.models import reference
 from tests.models.weights import random_variables, run
 

@@ -6,7 +6,8 @@ import numpy as np
 from flax import nnx
 
 from spvit_jax.models import model_config
-from spvit_jax.training.state import Variables, map_named
+from spvit_jax.models.naming import map_named
+from spvit_jax.training.state import Variables
 
 
 def random_variables(name, *, dtype="float32", seed=0, **overrides):

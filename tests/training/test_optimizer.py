@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from spvit_jax import config as config_lib
-from spvit_jax.training import optimizer, state
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.training import optimizer
 from tests.models.weights import random_variables
 
 
@@ -20,8 +21,8 @@ def test_what_decays():
     """Matrices do, w1 and w2 among them; vectors, biases, positions and tokens do not."""
     settings = {"image_size": 32, "depth": 2, "spatial_layers": 1, "dim": 12, "num_heads": 3}
     variables = random_variables("spvit_s", **settings, layer_scale=0.1, distilled=True)
-    mask = state.named_leaves(optimizer.decay_mask(variables.params))
-    shapes = {k: v.ndim for k, v in state.named_leaves(variables.params).items()}
+    mask = named_leaves(optimizer.decay_mask(variables.params))
+    shapes = {k: v.ndim for k, v in named_leaves(variables.params).items()}
     expected = {
         name: shapes[name] > 1 and not name.endswith(("b1", "pos_embed", "cls_token", "dist_token"))
         for name in shapes

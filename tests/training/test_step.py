@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding, step
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.losses import classification_loss, smooth_labels
@@ -47,7 +48,7 @@ def run(state, recipe=RECIPE, steps=2):
 
 
 def assert_close(left, right, rtol=1e-3, atol=1e-5):
-    left, right = state_lib.named_leaves(left), state_lib.named_leaves(right)
+    left, right = named_leaves(left), named_leaves(right)
     assert left.keys() == right.keys()
     for name in left:
         np.testing.assert_allclose(left[name], right[name], rtol, atol, err_msg=name)
@@ -70,7 +71,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(data, fsdp, accumulate):
     state = jax.device_put(state, shardings)
     for _ in range(2):
         state = take(state, sharding.put_batch(make_batch(), mesh), ROOT)
-    kernel = state_lib.named_leaves(state)["model/params/blocks/0/mlp/fc1/kernel"]
+    kernel = named_leaves(state)["model/params/blocks/0/mlp/fc1/kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
     assert_close(state, expected)
 
@@ -86,7 +87,7 @@ def test_average_covers_parameters_and_batchnorm_statistics():
     after = run(before, steps=1)
     expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.ema, after.model)
     assert_close(after.ema, expected)
-    old, new = (state_lib.named_leaves(state.model.stats) for state in (before, after))
+    old, new = (named_leaves(state.model.stats) for state in (before, after))
     assert len(new) == 6
     assert all(not np.array_equal(old[name], new[name]) for name in new)
 
@@ -116,7 +117,7 @@ def test_bfloat16_with_recomputation_trains_float32_parameters():
     first = run(make_state(dtype="bfloat16", remat=True), steps=1)
     later = run(first, steps=12)
     assert later.metrics["loss"][0] / 13 < first.metrics["loss"][0]
-    leaves = state_lib.named_leaves((later.model, later.ema))
+    leaves = named_leaves((later.model, later.ema))
     assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
 
 

@@ -1,0 +1,169 @@
+"""Files of weights: `.pth` and `.pth.tar` of PyTorch, and `.safetensors`.
+
+Nothing in a file is ever executed: PyTorch's files are pickles, and are read with an allow-list.
+PyTorch is imported only here, and only when such a file is read or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from spvit_jax.errors import InputError
+
+_WEIGHTS = ("state_dict", "model")
+_AVERAGES = ("state_dict_ema", "model_ema")
+_NOTE = "spvit_jax"  # under which a file written here says what model it is of
+SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
+
+StateDict = dict[str, np.ndarray]
+
+
+def is_file_of_weights(path: pathlib.Path) -> bool:
+    """Returns whether a path names a file such as are read here, rather than a checkpoint."""
+    return path.suffix in SUFFIXES or path.is_file()
+
+
+def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str, Any] | None]:
+    """Reads a file of weights without executing anything in it.
+
+    Args:
+      path: `.pth`, `.pth.tar` or `.safetensors`.
+      ema: whether to take the moving average of the weights that is in the file beside them.
+
+    Returns:
+      The state dict, names without a leading `module.`; and what `write` was told to note.
+
+    Raises:
+      InputError: the file cannot be read, or holds something else than weights.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if path.read_bytes()[:256].lstrip().startswith(b"<"):
+        raise InputError(f"{path} is a web page, not weights; download the file itself")
+    if path.suffix == ".safetensors":
+        if ema:
+            raise InputError(f"{path} holds one set of weights; leave out --ema")
+        state_dict, note = _read_safetensors(path)
+    else:
+        content = _read_pickle(path)
+        state_dict, note = _choose(content, path, ema=ema), content.get(_NOTE)
+    return {name.removeprefix("module."): array for name, array in state_dict.items()}, note
+
+
+def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
+    """Returns a state dict of PyTorch tensors, or of arrays, as one of NumPy arrays."""
+    return {name: _as_array(value) for name, value in state_dict.items()}
+
+
+def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
+    """Writes a state dict; a `.pth` file holds it under `state_dict`.
+
+    Args:
+      path: `.safetensors`, `.pth` or `.pth.tar`; must not exist yet.
+      state_dict: the arrays.
+      note: what the file says about its model, as JSON can hold it.
+
+    Raises:
+      InputError: the file exists, has another suffix, or cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"cannot write {path}: expected a name that ends in .safetensors or .pth")
+    if path.exists():
+        raise InputError(f"{path} exists; choose another --output or remove it")
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt", _NOTE: json.dumps(note)}
+            safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
+        else:
+            torch = _torch()
+            tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
+            torch.save({"state_dict": tensors, _NOTE: note}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, dict[str, Any] | None]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            note = (file.metadata() or {}).get(_NOTE)
+            state_dict = {name: _as_array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        return state_dict, note and json.loads(note)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
+    torch = _torch()
+    try:
+        # The authors saved their command line beside the weights; it is data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        if match := re.search(
+            r"GLOBAL ([\w.]+)|Unsupported (?:class|operand|global) (\S+)", str(error)
+        ):
+            raise InputError(
+                f"{path} is refused: it asks for {match[1] or match[2]} to be run, and weights "
+                "have no need of that. If you trust where it is from, save its tensors alone"
+            ) from error
+        raise InputError(f"{path} is damaged or not a file of PyTorch weights") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
+    return content
+
+
+def _choose(content: dict[str, Any], path: pathlib.Path, *, ema: bool) -> StateDict:
+    """Picks the state dict out of what training saved."""
+    torch = _torch()
+    averages = [key for key in _AVERAGES if key in content]
+    weights = [key for key in _WEIGHTS if isinstance(content.get(key), dict)]
+    if ema and not averages:
+        known = ", ".join(map(str, list(content)[:6]))
+        raise InputError(f"{path} has no moving average (it has {known}); leave out --ema")
+    keys = averages if ema or not weights else weights
+    chosen = content[keys[0]] if keys else content
+    tensors = {k: v for k, v in chosen.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if not tensors:
+        known = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise InputError(
+            f"{path} has no weights: expected tensors, or a dictionary of them under one of "
+            f"{', '.join(_WEIGHTS + _AVERAGES)}; it has {known}"
+        )
+    return as_arrays(tensors)
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (
+            value.float() if value.is_floating_point() and value.itemsize < 4 else value
+        ).numpy()
+    array = np.asarray(value)
+    is_half = array.dtype.itemsize < 4 and array.dtype.kind not in "iub"
+    return array.astype(np.float32) if is_half else array
+
+
+def _torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "files of PyTorch are read and written with PyTorch, which is not installed: "
+            "pip install torch==2.13.0, or use a .safetensors file"
+        ) from error
+    return torch

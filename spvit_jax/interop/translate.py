@@ -1,0 +1,164 @@
+"""From a PyTorch state dict to the arrays of a model here and back, by the tables of names.
+
+Both sides are dictionaries of NumPy arrays; files are read and written in `files.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from spvit_jax.errors import InputError, check_shapes
+from spvit_jax.interop.layouts import Row, Shape
+from spvit_jax.interop.tables import DIALECTS, Dialect, rows_of
+from spvit_jax.models import ModelConfig, SwinConfig, ViTConfig
+from spvit_jax.models.naming import shapes_of
+
+# Buffers that follow from the model or are not used by it.
+_BUFFERS = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
+_BATCH_NORM = re.compile(r"(.*)\.running_mean$")
+
+
+def to_ours(
+    state_dict: Mapping[str, np.ndarray], like: ModelConfig, where: object = "the state dict"
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Reads a state dict of PyTorch.
+
+    Args:
+      state_dict: arrays under the authors' or timm's names.
+      like: the model that it is expected to be of. Its number of classes, resolution and kinds
+        of layers are taken from the state dict instead.
+      where: what to call the state dict in an error.
+
+    Returns:
+      The model that the state dict is of, and its arrays as in `models.naming.arrays_of`.
+
+    Raises:
+      InputError: it is of another model; shows all names in which it differs together.
+    """
+    given = {name: array for name, array in state_dict.items() if not _BUFFERS.search(name)}
+    config = _recognise({name: array.shape for name, array in given.items()}, like)
+    rows = _rows_nearest(config, given)
+    check_shapes(_their_shapes(config, rows), _shapes(given), where)
+    shapes = shapes_of(config)
+    arrays = {}
+    for row in rows:
+        theirs = tuple(given[name] for name in row.theirs)
+        leaf = shapes[row.ours]
+        arrays[row.ours] = np.asarray(row.layout.read(theirs, leaf.shape), leaf.dtype)
+    return config, arrays
+
+
+def to_theirs(
+    arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: Dialect = "authors"
+) -> dict[str, np.ndarray]:
+    """Returns a model's arrays as a state dict of PyTorch, the inverse of `to_ours`.
+
+    BatchNorm's counters `num_batches_tracked`, which nothing here counts, are 0.
+    """
+    state_dict = {}
+    for row in _rows(config, dialect):
+        theirs = row.layout.write(np.asarray(arrays[row.ours]))
+        for name, array in zip(row.theirs, theirs, strict=True):
+            state_dict[name] = np.ascontiguousarray(array)
+            if match := _BATCH_NORM.match(name):
+                state_dict[f"{match[1]}.num_batches_tracked"] = np.zeros((), np.int64)
+    return state_dict
+
+
+def _rows(config: ModelConfig, dialect: Dialect) -> list[Row]:
+    """Returns the rows of the arrays that a model has.
+
+    Raises:
+      ValueError: the table lacks one of them.
+    """
+    shapes = shapes_of(config)
+    rows = [row for row in rows_of(config, dialect) if row.ours in shapes]
+    unnamed = sorted(shapes.keys() - {row.ours for row in rows})
+    if unnamed:
+        raise ValueError(f"the table of names lacks {', '.join(unnamed)}; add them")
+    return rows
+
+
+def _rows_nearest(config: ModelConfig, given: Mapping[str, np.ndarray]) -> list[Row]:
+    """Returns the rows of the dialect whose names are nearest to the given ones."""
+
+    def distance(rows: list[Row]) -> int:
+        return len(given.keys() ^ {name for row in rows for name in row.theirs})
+
+    return min((_rows(config, dialect) for dialect in DIALECTS), key=distance)
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _their_shapes(config: ModelConfig, rows: list[Row]) -> dict[str, Shape]:
+    """Returns the shapes that a state dict of the model has, computed on arrays without memory."""
+    shapes = shapes_of(config)
+    expected: dict[str, Shape] = {}
+    for row in rows:
+        ours = np.broadcast_to(np.float32(0), shapes[row.ours].shape)
+        arrays = row.layout.write(ours)
+        expected |= {name: array.shape for name, array in zip(row.theirs, arrays, strict=True)}
+    return expected
+
+
+def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
+    """Returns the model with the classes, resolution and kinds of layers of a state dict."""
+    for name in ("head.weight", "head.fc.weight"):
+        if name in shapes:
+            like = dataclasses.replace(like, num_classes=shapes[name][0])
+    if isinstance(like, SwinConfig):
+        return _with_window(shapes, like)
+    rows = shapes.get("pos_embed", (0, 0))[1]
+    if isinstance(like, ViTConfig):
+        like = _with_spatial_layers(shapes, rows, like)
+        rows -= 0 if like.late else like.num_prefix
+    return _with_grid(rows, like)
+
+
+def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig) -> ViTConfig:
+    """Takes the number of SP-SA layers, and with it where the class token enters, from the names.
+
+    The authors' L model leaves SP-SA out and yet adds the class token late, so that only the rows
+    of the position embedding tell it from a model whose class token is there from the start; they
+    had square grids only, and of two successive numbers only one can be a square.
+    """
+    spatial = sum(f"blocks.{layer}.attn.qk.weight" in shapes for layer in range(like.depth))
+    if spatial == like.spatial_layers:
+        return like
+    late = None
+    if spatial == 0 and _is_square(rows):
+        late = like.late
+    return dataclasses.replace(like, spatial_layers=spatial, class_token_layer=late)
+
+
+def _with_grid(rows: int, like: ModelConfig) -> ModelConfig:
+    """Takes the resolution from the number of patches that have a position."""
+    if _is_square(rows):
+        return dataclasses.replace(like, image_size=math.isqrt(rows) * like.patch_size)
+    if rows > 0 and rows != like.grid[0] * like.grid[1]:
+        raise InputError(
+            f"the position embedding has {rows} patches, which is neither a square nor the grid "
+            f"of the model, {like.grid[0]}×{like.grid[1]}; give image_size as it was in training"
+        )
+    return like
+
+
+def _with_window(shapes: Mapping[str, Shape], like: SwinConfig) -> SwinConfig:
+    """Takes the window from the first layer's table of biases, and the resolution from it."""
+    rows = shapes.get("layers.0.blocks.0.attn.relative_position_bias_table", (0,))[0]
+    table = shapes_of(like)["blocks/0/attn/position/table"].shape
+    if rows == table[1] * table[2] or not _is_square(rows) or rows % 2 == 0:
+        return like
+    window = (math.isqrt(rows) + 1) // 2
+    return dataclasses.replace(like, image_size=32 * window, window=None)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
