@@ -60,8 +60,9 @@ def _fail(error: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def config_flag() -> Callable[[], ConfigDict]:
+def config_flag(*, required: bool = True) -> Callable[[], ConfigDict]:
     """Defines --config and returns a function that gives its value after parsing."""
     holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     return lambda: holder.value

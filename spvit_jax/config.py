@@ -17,7 +17,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models import ModelConfig, model_config
+from spvit_jax.models import (
+    EvaluationProtocol,
+    ModelConfig,
+    evaluation_protocol,
+    model_config,
+)
 
 _DURATIONS = (
     "schedule.total",
@@ -92,8 +97,8 @@ def base() -> ConfigDict:
     augment.cutmix = 0.0  # α of CutMix; 0 is off
     augment.mix_probability = 1.0  # of mixing a batch at all
     augment.switch_probability = 0.5  # of CutMix rather than MixUp where both are on
-    augment.eval_crop = 0.875  # share of the side kept by evaluation's centre crop
-    augment.eval_interpolation = "bicubic"  # for evaluation images; or "bilinear"
+    augment.eval_crop = placeholder(float)  # side kept by evaluation's crop; None: the model's
+    augment.eval_interpolation = placeholder(str)  # for evaluation; None: the model's
 
     config.loss = loss = ConfigDict()
     loss.label_smoothing = 0.1  # share of the target spread over all classes
@@ -120,7 +125,8 @@ def base() -> ConfigDict:
     checkpoint.every = "1 epoch"  # beside the one after each evaluation
     checkpoint.keep_last = 2  # newest checkpoints kept
     checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
-    config.init_from = placeholder(str)  # checkpoint whose weights a new run starts from
+    config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
+    config.init_new_head = False  # whether they may lose a head for other classes
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
@@ -189,7 +195,7 @@ def steps_of(duration: str | int, *, batch_size: int, num_examples: int) -> int:
 
 
 def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
-    """Returns a copy in which every duration is a number of steps.
+    """Returns a copy in which every duration is a number of steps, and nothing is left open.
 
     Args:
       config: as the command line left it.
@@ -206,6 +212,9 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
         steps = steps_of(fields[name], **sizes)
         with fields.ignore_type():
             fields[name] = steps if section == "schedule" else max(steps, 1)
+    shape = model_settings(resolved, num_classes=1).image_shape
+    protocol = evaluation_of(resolved, shape)
+    resolved.augment.update(eval_crop=protocol.crop, eval_interpolation=protocol.interpolation)
     schedule = resolved.schedule
     if schedule.total < 1 or schedule.warmup + schedule.cooldown > schedule.total:
         raise InputError(
@@ -219,6 +228,16 @@ def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
     """Returns the model's configuration: the named model with the fields that are not None."""
     fields = {k: v for k, v in config.model.to_dict().items() if v is not None}
     return model_config(fields.pop("name"), num_classes=num_classes, **fields)
+
+
+def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> EvaluationProtocol:
+    """Returns how evaluation images are made: as the configuration says, else as the model's."""
+    crop, interpolation = evaluation_protocol(config.model.name, image_shape)
+    augment = config.augment
+    return EvaluationProtocol(
+        crop if augment.eval_crop is None else augment.eval_crop,
+        augment.eval_interpolation or interpolation,
+    )
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, in_use: bool) -> None:

@@ -1,8 +1,11 @@
-"""Evaluates a checkpoint on a split, each example counted once.
+"""Evaluates weights on a split, each example counted once.
 
     python -m spvit_jax.evaluate --config=configs/digits.py --checkpoint=runs/digits --json=out.json
+    python -m spvit_jax.evaluate --config=configs/spvit.py:s,384 --checkpoint=spvit_s.pth.tar
 
-The results go to the standard output as JSON, and to the file if one is named.
+The weights are a workdir of training, a checkpoint, or a file of PyTorch; they are resized to the
+configuration's `model.image_size`, and images are cropped as the model's authors did. The results
+go to the standard output as JSON, and to the file if one is named.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from ml_collections import ConfigDict
 
 from spvit_jax import cli
 from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform
-from spvit_jax.training import checkpoint, sharding
+from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step
 
@@ -32,10 +36,11 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint.
 
     Args:
-      config: as `spvit_jax.config.base`; its model must be the checkpoint's.
-      path: a workdir of training, or one checkpoint in it.
-      which: "best", "last" or a step, where the path is a workdir.
-      weights: "ema", "model", or "auto" for the moving average where there is one.
+      config: as `spvit_jax.config.base`; its model must be the checkpoint's, up to the resolution
+        and the kinds of SP-ViT's layers, which are taken from the checkpoint.
+      path: a workdir of training, one checkpoint in it, or a `.pth` or `.safetensors` file.
+      which: as in `weights.find`.
+      weights: as in `weights.find`.
       split: of the data set; the configuration's `data.eval_split` if None.
 
     Returns:
@@ -48,16 +53,20 @@ def evaluate_checkpoint(
     source = datasets.load(data.dataset, split or data.eval_split, data.data_dir)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    variables = checkpoint.load_model(
-        path, model_config, mesh, preset=config.mesh.sharding, which=which, weights=weights
-    )
+    found = weights_lib.find(path, model_config, which=which, weights=weights)
+    model_config = found.fit(model_config)
+    found.check(model_config)
+    variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)
     eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
 
     def batches() -> pipeline.BatchIterator:
         return pipeline.eval_batches(
             source,
-            EvalTransform.of(config, model_config.image_shape),
+            EvalTransform(
+                model_config.image_shape,
+                *config_lib.evaluation_of(config, model_config.image_shape),
+            ),
             batch_size=sharding.round_up(data.eval_batch_size, mesh),
             share=pipeline.Share(jax.process_index(), jax.process_count()),
             threads=data.threads,
@@ -74,7 +83,7 @@ def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag()
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir of training, or a checkpoint in it.", required=True
+        "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True
     )
     which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
     weights = flags.DEFINE_enum("weights", "auto", ["auto", "ema", "model"], "Which weights.")

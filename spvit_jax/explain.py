@@ -19,20 +19,20 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform
-from spvit_jax.models import ViT
+from spvit_jax.models import Model
 from spvit_jax.models.spatial import LocalityMask
-from spvit_jax.training import checkpoint, sharding
+from spvit_jax.training import sharding
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
 
-def learned_priors(model: ViT) -> dict[int, np.ndarray]:
+def learned_priors(model: Model) -> dict[int, np.ndarray]:
     """Returns, for each layer with SP-SA, the gain per head and offset [H, 2h-1, 2w-1]."""
     return {
         layer: np.asarray(block.attn.prior.table(model.config.grid))
@@ -41,7 +41,7 @@ def learned_priors(model: ViT) -> dict[int, np.ndarray]:
     }
 
 
-def locality_scores(model: ViT, images: jax.Array) -> np.ndarray:
+def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
     """Returns the attention locality score of each layer and head (MaiT).
 
     Args:
@@ -49,17 +49,15 @@ def locality_scores(model: ViT, images: jax.Array) -> np.ndarray:
       images: [B, height, width, 3], normalised.
 
     Returns:
-      [depth, H]: the attention inside the model's neighbourhood, averaged over queries and
-      images. Prefix tokens count as near: a query's attention to them is local.
+      For each layer [H]: the attention inside the model's neighbourhood, averaged over queries
+      and images. Prefix tokens count as near: a query's attention to them is local.
     """
-    config = model.config
-    mask = LocalityMask(config.num_heads, config.mask_shape)
+    mask = LocalityMask(0, model.config.mask_shape)
     scores = []
-    for weights in model.attention_maps(images):
-        num_prefix = weights.shape[-1] - config.grid[0] * config.grid[1]
-        near = mask.neighbourhood(config.grid, num_prefix)
-        scores.append(jnp.where(near, weights, 0).sum(-1).mean((0, 2)))
-    return np.asarray(jnp.stack(scores))
+    for attention, grid, num_prefix in model.attention_maps(images):
+        near = mask.neighbourhood(grid, num_prefix)
+        scores.append(np.asarray(jnp.where(near, attention, 0).sum(-1).mean((0, 2))))
+    return scores
 
 
 def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
@@ -99,7 +97,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
 
     Args:
       config: as `spvit_jax.config.base`; its model must be the checkpoint's.
-      path: a workdir of training, whose best checkpoint is taken, or one checkpoint.
+      path: a workdir of training, whose best checkpoint is taken, one checkpoint, or a file.
       output: folder; created if need be.
 
     Returns:
@@ -111,11 +109,17 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     data = config.data
     source = datasets.load(data.dataset, data.eval_split, data.data_dir)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    model = checkpoint.load_model(path, model_config, sharding.make_mesh(-1, 1)).model()
+    found = weights.find(path, model_config)
+    model_config = found.fit(model_config)
+    found.check(model_config)
+    model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
 
     with pipeline.eval_batches(
         source,
-        EvalTransform.of(config, model_config.image_shape),
+        EvalTransform(
+            model_config.image_shape,
+            *config_lib.evaluation_of(config, model_config.image_shape),
+        ),
         batch_size=min(len(source), data.eval_batch_size),
         threads=data.threads,
     ) as batches:
@@ -123,7 +127,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
 
     priors = learned_priors(model)
     result = {
-        "locality_scores": locality_scores(model, images).tolist(),
+        "locality_scores": [scores.tolist() for scores in locality_scores(model, images)],
         "priors": {str(layer): table.tolist() for layer, table in priors.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -137,7 +141,7 @@ def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag()
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir of training, or a checkpoint in it.", required=True
+        "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True
     )
     output = flags.DEFINE_string(
         "output", None, "Folder for the picture and the JSON file.", required=True

@@ -15,7 +15,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
@@ -59,8 +59,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
     share = pipeline.Share(jax.process_index(), jax.process_count())
     train_transform = TrainTransform.of(config, model_config.image_shape)
-    eval_transform = EvalTransform.of(config, model_config.image_shape)
-    init_from = checkpoint.find(pathlib.Path(config.init_from)) if config.init_from else None
+    protocol = config_lib.evaluation_of(config, model_config.image_shape)
+    eval_transform = EvalTransform(model_config.image_shape, *protocol)
+    in_use = checkpoint.exists(workdir)
+    init_from = None
+    if config.init_from and not in_use:
+        init_from = weights.find(pathlib.Path(config.init_from), model_config)
+        init_from.check(model_config, new_head=config.init_new_head)
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
     root = jax.random.key(config.seed)
@@ -79,7 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     )
     eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
 
-    config_lib.claim_workdir(workdir, config, in_use=checkpoint.exists(workdir))
+    config_lib.claim_workdir(workdir, config, in_use=in_use)
     report.start_logging(workdir)
     report.summarize(
         config,
@@ -94,6 +99,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
         Interrupt() as interrupt,
         checkpoint.Checkpoints(
             workdir,
+            model_config,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         ) as checkpoints,
@@ -103,8 +109,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
         if state is None:
             state, origin = jax.jit(create, out_shardings=shardings)(), "scratch"
             if init_from:
-                variables = checkpoint.load_variables(init_from, like=abstract.model)
-                state, origin = state_lib.with_variables(state, variables), str(init_from)
+                variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
+                state, origin = state_lib.with_variables(state, variables), init_from.where
         step = int(state.step)
         log.info("start           at step %d of %d, from %s", step, total_steps, origin)
 

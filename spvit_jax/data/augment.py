@@ -73,12 +73,6 @@ class EvalTransform:
     crop: float = 1.0
     interpolation: str = "bicubic"
 
-    @classmethod
-    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
-        """Takes the transform out of a configuration; `size` is the model's."""
-        augment = config.augment
-        return cls(size=size, crop=augment.eval_crop, interpolation=augment.eval_interpolation)
-
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image to uint8 [height, width, 3]."""
         image = _decode(encoded)

@@ -77,10 +77,7 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
     Raises:
       InputError: the file exists, has another suffix, or cannot be written.
     """
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"cannot write {path}: expected a name that ends in .safetensors or .pth")
-    if path.exists():
-        raise InputError(f"{path} exists; choose another --output or remove it")
+    check_name(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +92,14 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
+
+
+def check_name(path: pathlib.Path) -> None:
+    """Raises an `InputError` if no file of weights can be written under this name."""
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"cannot write {path}: expected a name that ends in .safetensors or .pth")
+    if path.exists():
+        raise InputError(f"{path} exists; choose another --output or remove it")
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, dict[str, Any] | None]:

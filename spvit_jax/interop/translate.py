@@ -64,7 +64,7 @@ def to_theirs(
     for row in _rows(config, dialect):
         theirs = row.layout.write(np.asarray(arrays[row.ours]))
         for name, array in zip(row.theirs, theirs, strict=True):
-            state_dict[name] = np.ascontiguousarray(array)
+            state_dict[name] = np.array(array, order="C")
             if match := _BATCH_NORM.match(name):
                 state_dict[f"{match[1]}.num_batches_tracked"] = np.zeros((), np.int64)
     return state_dict

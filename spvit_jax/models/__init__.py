@@ -23,6 +23,7 @@ __all__ = [
     "FAMILIES",
     "CaiT",
     "CaiTConfig",
+    "EvaluationProtocol",
     "Model",
     "ModelConfig",
     "Outputs",

@@ -1,38 +1,47 @@
 """Checkpoints: asynchronous, atomic, the last n and the best. The only file that knows orbax.
 
 A checkpoint is the train state as nested dictionaries under the names of its leaves, so that
-what is missing, unexpected or of another shape can be said before anything is read.
+what is missing, unexpected or of another shape can be said before anything is read; and the
+configuration of its model, so that its weights can be taken to another resolution.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx, traverse_util
+from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from spvit_jax.errors import InputError
-from spvit_jax.models import ViTConfig
+from spvit_jax.errors import InputError, check_shapes
+from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import sharding
-from spvit_jax.training.report import log
 from spvit_jax.training.state import Variables
+
+log = logging.getLogger("spvit_jax")
 
 _FOLDER = "checkpoints"  # in the workdir
 _CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here
 _ITEM = "default"
+_MODEL = "model"  # in an item's metadata: the model's configuration
 _RANKED_BY = "top1"
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save on exit."""
 
-    def __init__(self, workdir: pathlib.Path, *, keep_last: int, keep_best: int):
+    def __init__(
+        self, workdir: pathlib.Path, model: ModelConfig, *, keep_last: int, keep_best: int
+    ):
+        """Opens a workdir for the checkpoints of a model, the last ones and the best."""
         self._workdir = workdir.resolve()
+        self._metadata = {_MODEL: model.to_dict()}
         policies = [
             preservation.LatestN(n=keep_last),
             preservation.BestN(
@@ -64,7 +73,8 @@ class Checkpoints:
           metrics: of an evaluation at this step, by which the best checkpoint is kept.
         """
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.PyTreeSave(_to_tree(state)), metrics=metrics)
+            item = ocp.args.PyTreeSave(_to_tree(state), custom_metadata=self._metadata)
+            self._manager.save(step, args=item, metrics=metrics)
 
     def restore(self, abstract: Any) -> Any | None:
         """Reads the newest checkpoint that can be read; newer ones are moved aside, and said.
@@ -163,38 +173,31 @@ def load_variables(
     """
     if weights not in ("auto", "ema", "model"):
         raise InputError(f"weights is {weights!r}; expected 'auto', 'ema' or 'model'")
-    try:
+    with _readable(checkpoint):
         sections = {name.split("/")[0] for name in _saved_shapes(checkpoint)}
-    except Exception as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
     if weights == "auto":
         weights = "ema" if "ema" in sections else "model"
     if weights not in sections:
         raise InputError(f"checkpoint {checkpoint} has no {weights!r}; choose --weights=model")
     abstract = {weights: like}
-    try:
+    with _readable(checkpoint):
         return _from_tree(_read(checkpoint, _to_tree(abstract), partial=True), abstract)[weights]
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
 
 
-def load_model(
-    path: pathlib.Path,
-    config: ViTConfig,
-    mesh: jax.sharding.Mesh,
-    *,
-    preset: str = "replicated",
-    which: str = "best",
-    weights: str = "auto",
-) -> Variables:
-    """Reads the weights of a model from a workdir or a checkpoint, onto a mesh.
+def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what `ModelConfig.to_dict` said of a checkpoint's model, if it is there.
 
-    `which` is as in `find`, `weights` as in `load_variables`, `preset` as in `sharding`.
+    Raises:
+      InputError: the checkpoint is damaged.
     """
-    like, _ = sharding.plan(lambda: Variables.of(config.build(nnx.Rngs(0))), mesh, preset)
-    return load_variables(find(path, which=which), like, weights=weights)
+    with _readable(checkpoint):
+        return (_metadata(checkpoint).custom_metadata or {}).get(_MODEL)
+
+
+def save_variables(workdir: pathlib.Path, variables: Variables, model: ModelConfig) -> None:
+    """Writes a workdir with weights alone, as its one checkpoint, at step 0."""
+    with Checkpoints(workdir, model, keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.save(0, {"model": variables})
 
 
 def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = False) -> Any:
@@ -204,7 +207,7 @@ def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = Fa
     if partial:
         sections = {name.split("/")[0] for name in expected}
         saved = {k: v for k, v in saved.items() if k.split("/")[0] in sections}
-    _check_same({k: tuple(v.shape) for k, v in expected.items()}, saved, directory)
+    check_shapes({k: v.shape for k, v in expected.items()}, saved, f"checkpoint {directory}")
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), target
     )
@@ -218,38 +221,32 @@ def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = Fa
 
 
 def _saved_shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory / _ITEM).item_metadata.tree
-    flat = traverse_util.flatten_dict(metadata, sep="/")
+    flat = traverse_util.flatten_dict(_metadata(directory).tree, sep="/")
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
-def _check_same(
-    expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], where: pathlib.Path
-) -> None:
-    """Raises one error that shows all names that are missing, unexpected or wrongly shaped."""
-    missing = sorted(expected.keys() - saved.keys())
-    unexpected = sorted(saved.keys() - expected.keys())
-    reshaped = [
-        f"{name} {saved[name]} instead of {expected[name]}"
-        for name in sorted(expected.keys() & saved.keys())
-        if saved[name] != expected[name]
-    ]
-    if missing or unexpected or reshaped:
-        raise InputError(
-            f"checkpoint {where} is of another model. Missing: {_some(missing)}. "
-            f"Unexpected: {_some(unexpected)}. Wrong shape: {_some(reshaped)}."
-        )
+def _metadata(directory: pathlib.Path) -> Any:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory / _ITEM).item_metadata
+    if metadata is None:
+        raise FileNotFoundError("its metadata are missing")
+    return metadata
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
+    """Makes an `InputError` of whatever a damaged file makes orbax raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
     """Returns what an error of orbax says, without the pages that may follow."""
     return (str(error).strip() or repr(error)).splitlines()[0][:200]
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + rest
 
 
 def _to_tree(state: Any) -> dict[str, Any]:

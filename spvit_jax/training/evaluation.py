@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spvit_jax.data.pipeline import BatchIterator
-from spvit_jax.training.report import means
 from spvit_jax.training.sharding import put_batch
-from spvit_jax.training.state import Variables
+from spvit_jax.training.state import Variables, means
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from spvit_jax import config as config_lib
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training.state import Metrics
+from spvit_jax.training.state import Metrics, means
 
 log = logging.getLogger("spvit_jax")
 
@@ -165,11 +165,6 @@ class Reporter:
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step
-
-
-def means(metrics: Metrics) -> dict[str, float]:
-    """Returns sum over count of each metric."""
-    return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

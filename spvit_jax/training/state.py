@@ -91,6 +91,11 @@ def zero_metrics() -> Metrics:
     return {name: (jnp.zeros(()), jnp.zeros(())) for name in METRICS}
 
 
+def means(metrics: Metrics) -> dict[str, float]:
+    """Returns sum over count of each metric."""
+    return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
 def create(model: Model, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """Returns the state before the first step."""
     variables = Variables.of(model)

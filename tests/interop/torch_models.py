@@ -36,9 +36,10 @@ class SpatialAttention(nn.Module):
         split = (batch, n, self.heads, d)
         query, key = (part.reshape(split) for part in self.qk(x).chunk(2, -1))
         scores = torch.einsum("bihd,bjhd->bhij", query, key) / d**0.5
-        y, x_ = (axis.flatten().to(x) for axis in torch.meshgrid(
-            torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"
-        ))
+        y, x_ = (
+            axis.flatten().to(x)
+            for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        )
         # From query i to key j: first right, then down.
         offset = torch.stack([x_[None, :] - x_[:, None], y[None, :] - y[:, None]], -1)
         hidden = F.relu(self.w1(offset)) * self.w2[:, 0]
@@ -58,7 +59,9 @@ class PlainAttention(nn.Module):
     def forward(self, x, grid, num_prefix, masked, radius, hard):
         batch, n, dim = x.shape
         split = (batch, n, self.heads, dim // self.heads)
-        query, key, value = (part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        query, key, value = (
+            part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
         scores = query @ key.transpose(-2, -1) / (dim // self.heads) ** 0.5
         weights = mask_heads(scores, grid, num_prefix, masked, radius, hard).softmax(-1)
         return self.proj((weights @ value).transpose(1, 2).reshape(batch, n, dim))
@@ -115,9 +118,13 @@ class Block(nn.Module):
 class Stem(nn.Module):
     def __init__(self, dim, patch, width):
         super().__init__()
-        for index, (channels, kernel, stride) in enumerate([(3, 7, 2), (width, 3, 1), (width, 3, 1)], 1):
+        for index, (channels, kernel, stride) in enumerate(
+            [(3, 7, 2), (width, 3, 1), (width, 3, 1)], 1
+        ):
             pad = kernel // 2
-            setattr(self, f"conv{index}", nn.Conv2d(channels, width, kernel, stride, pad, bias=False))
+            setattr(
+                self, f"conv{index}", nn.Conv2d(channels, width, kernel, stride, pad, bias=False)
+            )
             setattr(self, f"bn{index}", nn.BatchNorm2d(width))
         self.proj = nn.Conv2d(width, dim, patch // 2, patch // 2)
 
@@ -191,7 +198,9 @@ def randomise(module, seed=0):
             noise = torch.randn(value.shape, generator=rng).to(value)
             if name.endswith("running_var"):
                 value.copy_(0.5 + noise.abs() / 4)
-            elif name.endswith("b2") or ("norm" in name or ".bn" in name) and name.endswith("weight"):
+            elif name.endswith("b2") or (
+                ("norm" in name or ".bn" in name) and name.endswith("weight")
+            ):
                 value.copy_(1 + noise / 5)
             elif name.endswith(("gamma_1", "gamma_2", "gamma")):
                 value.copy_(0.3 + noise / 10)

@@ -1,0 +1,196 @@
+"""Converts weights: from PyTorch to a checkpoint of this project, and back.
+
+    python -m spvit_jax.convert --arch=spvit_s --input=spvit_s.pth.tar --output=weights/spvit_s
+    python -m spvit_jax.convert --arch=spvit_s --input=spvit_s.pth.tar --output=weights/384 \
+        --image_size=384
+    python -m spvit_jax.convert --reverse --input=runs/spvit_s --output=spvit_s.safetensors
+
+What comes out of the first two is taken by the other commands as `--checkpoint` and by training
+as `config.init_from`. A model that is not in the registry is described by `--config` in the place
+of `--arch`; a checkpoint of this project knows what it is and needs neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from spvit_jax import cli
+from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
+from spvit_jax.errors import InputError
+from spvit_jax.interop import DIALECTS, Dialect, files, to_theirs
+from spvit_jax.models import ModelConfig, ViTConfig, model_config
+from spvit_jax.models.complexity import count_parameters
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.models.resize import check_adaptable
+from spvit_jax.training import checkpoint, sharding
+from spvit_jax.training.state import Variables
+
+
+def convert(
+    source: pathlib.Path,
+    output: pathlib.Path,
+    like: ModelConfig | None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    which: str = "best",
+    weights: str = "auto",
+    write: Callable[[pathlib.Path, Variables, ModelConfig], None],
+) -> ModelConfig:
+    """Reads weights, takes them to another resolution or class count, and writes them.
+
+    Args:
+      source: as `weights.find`.
+      output: where to write; must not exist yet.
+      like: the model, up to resolution, classes and layer kinds; None for an own checkpoint's.
+      image_size: (height, width) in pixels; None keeps that of the weights.
+      num_classes: with another number than the weights', the head is new; None keeps it.
+      which: as `weights.find`.
+      weights: as `weights.find`.
+      write: `write_checkpoint`, or a function like it.
+
+    Returns:
+      The model that was written.
+
+    Raises:
+      InputError: the weights cannot be read or are of another model, or the output exists or
+        cannot be written; nothing is left behind.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; choose another --output or remove it")
+    found = weights_lib.find(source, like, which=which, weights=weights)
+    if like is not None:
+        check_adaptable(found.config, found.fit(like), found.where)
+    model = found.config
+    if image_size is not None:
+        model = dataclasses.replace(model, image_size=image_size)
+    if num_classes is not None:
+        model = dataclasses.replace(model, num_classes=num_classes)
+    found.check(model, new_head=True)
+    write(output, found.load(model, sharding.make_mesh(-1, 1)), model)
+    _report(found, model, output)
+    return model
+
+
+def write_checkpoint(output: pathlib.Path, variables: Variables, model: ModelConfig) -> None:
+    """Writes a workdir with one checkpoint, whole or not at all.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    temporary = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_variables(temporary, variables, model)
+        temporary.rename(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_torch(
+    output: pathlib.Path, variables: Variables, model: ModelConfig, *, dialect: Dialect
+) -> None:
+    """Writes a `.pth` or `.safetensors` file under the names of PyTorch; as `files.write`."""
+    leaves = {
+        name.partition("/")[2]: np.asarray(leaf) for name, leaf in named_leaves(variables).items()
+    }
+    files.write(output, to_theirs(leaves, model, dialect), model.to_dict())
+
+
+def _report(found: weights_lib.Weights, model: ModelConfig, output: pathlib.Path) -> None:
+    """Prints what was read, what was changed on the way, and what was written."""
+    old, height, width = found.config, *model.image_shape
+    print(f"read      {found.where}: {_describe(old)}")
+    if old.grid != model.grid:
+        grids = "{}×{} to {}×{}".format(*old.grid, *model.grid)
+        print(f"resized   from a grid of {grids} patches, for {height}×{width} pixels")
+    if old.num_classes != model.num_classes:
+        print(f"new head  of {model.num_classes} classes; that of {old.num_classes} is left out")
+    print(f"wrote     {output}: {_describe(model)}")
+
+
+def _describe(model: ModelConfig) -> str:
+    text = (
+        f"{type(model).__name__.removesuffix('Config')} of {count_parameters(model):,} parameters, "
+        f"{model.num_classes} classes, {'×'.join(map(str, model.image_shape))} pixels"
+    )
+    if isinstance(model, ViTConfig) and model.late:
+        text += f", SP-SA in {model.spatial_layers} layers, class token from layer {model.late} on"
+    return text
+
+
+def main() -> None:
+    """Defines the flags and runs the command."""
+    arch = flags.DEFINE_string("arch", None, "Name of the model; see list_models().")
+    config = cli.config_flag(required=False)
+    source = flags.DEFINE_string(
+        "input", None, ".pth, .pth.tar or .safetensors file, workdir, or checkpoint.", required=True
+    )
+    output = flags.DEFINE_string(
+        "output", None, "Folder to write; with --reverse the .pth or .safetensors.", required=True
+    )
+    reverse = flags.DEFINE_bool("reverse", False, "Write a file of PyTorch.")
+    names = flags.DEFINE_enum("names", "authors", DIALECTS, "Whose names a file of PyTorch has.")
+    size = flags.DEFINE_string("image_size", None, "Pixels, 384 or HEIGHTxWIDTH; default as it is.")
+    classes = flags.DEFINE_integer("num_classes", None, "Replace a head of another class count.")
+    ema = flags.DEFINE_bool(
+        "ema", None, "Take the moving average; by default an own checkpoint's, but not a file's."
+    )
+    which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
+
+    def run() -> None:
+        image_size = _parse_size(size.value)
+        target = pathlib.Path(output.value)
+        write: Callable[[pathlib.Path, Variables, ModelConfig], None] = write_checkpoint
+        if reverse.value:
+            files.check_name(target)
+            write = functools.partial(write_torch, dialect=cast(Dialect, names.value))
+        convert(
+            pathlib.Path(source.value),
+            target,
+            _model(arch.value, config(), image_size),
+            image_size=image_size,
+            num_classes=classes.value,
+            which=which.value,
+            weights={None: "auto", True: "ema", False: "model"}[ema.value],
+            write=write,
+        )
+
+    cli.run(run)
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:[x×,](\d+))?", text)
+    if match is None:
+        raise InputError(f"--image_size is {text!r}; expected pixels such as 384, or 320x480")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _model(
+    arch: str | None, config: ConfigDict | None, image_size: tuple[int, int] | None
+) -> ModelConfig | None:
+    """Returns the model that --arch or --config names, or None without either."""
+    if arch and config:
+        raise InputError("--arch and --config both name a model; give one of them")
+    if config:
+        return config_lib.model_settings(config, num_classes=1000)
+    return model_config(arch, image_size=image_size or 224) if arch else None
+
+
+if __name__ == "__main__":
+    main()
