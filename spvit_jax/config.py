@@ -136,10 +136,11 @@ def base() -> ConfigDict:
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Reads the argument behind a config's colon, `model=mait,train_size=200`.
+    """Reads the argument behind a config's colon, `s,384` or `model=mait,train_size=200`.
 
     Args:
-      arg: "key=value" pairs with commas between them, or None.
+      arg: "key=value" pairs with commas between them, or None; a value without a key is that of
+        the default in its place.
       **defaults: the known keys and their values; a value is read as the default's type (`str`
         or `int` given as a type stand for a key without a default).
 
@@ -147,9 +148,12 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       InputError: a key is unknown or a value cannot be read.
     """
     values = ConfigDict({k: None if isinstance(v, type) else v for k, v in defaults.items()})
-    for pair in filter(None, (arg or "").split(",")):
+    keys = list(defaults)
+    for place, pair in enumerate(filter(None, (arg or "").split(","))):
         key, separator, text = pair.partition("=")
-        if key not in defaults or not separator:
+        if not separator and place < len(keys):
+            key, text = keys[place], pair
+        if key not in defaults:
             raise InputError(
                 f"config argument {pair!r} is not KEY=VALUE with a known key"
                 f"{nearest(key, defaults)}"

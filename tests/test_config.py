@@ -10,16 +10,20 @@ import pytest
 
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError
-from spvit_jax.models import ViTConfig
+from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
 
 
-def digits(arg=None):
-    path = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits", path)
+def load(name, arg=None):
+    path = pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)
+
+
+def digits(arg=None):
+    return load("digits", arg)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +71,8 @@ def test_every_field_has_a_comment():
 
 
 def test_every_field_of_the_model_can_be_set():
-    fields = {field.name for field in dataclasses.fields(ViTConfig)} - {"num_classes"}
-    assert set(config_lib.base().model) == fields | {"name"}
+    fields = {field.name for family in FAMILIES for field in dataclasses.fields(family)}
+    assert set(config_lib.base().model) == fields - {"num_classes"} | {"name"}
 
 
 def test_models_of_the_digits_config_are_near_equal_in_size():
@@ -81,6 +85,42 @@ def test_models_of_the_digits_config_are_near_equal_in_size():
     for recipe in recipes:
         del recipe["model"]
     assert all(recipe == recipes[0] for recipe in recipes)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "lr", "batch_size_384", "ema_384", "crop"),
+    [
+        ("s", 1024, 1.6e-3, 256, 0.0, 0.9),
+        ("m", 1024, 1.6e-3, 128, 0.0, 1.0),
+        ("l", 800, 6e-4, 512, 0.99992, 1.0),
+    ],
+)
+def test_spvit_recipes(size, batch_size, lr, batch_size_384, ema_384, crop):
+    config = load("spvit", size)
+    assert (config.data.batch_size, config.optim.lr, config.optim.min_lr) == (batch_size, lr, 1e-5)
+    assert (config.optim.weight_decay, config.optim.ema) == (0.05, 0.99992)
+    tuned = config_lib.resolve(load("spvit", f"{size},384"), num_examples=1_281_167)
+    assert tuned.model.image_size == 384
+    assert (tuned.data.batch_size, tuned.optim.ema) == (batch_size_384, ema_384)
+    assert (tuned.optim.lr, tuned.optim.min_lr, tuned.optim.weight_decay) == (5e-6, 5e-6, 1e-8)
+    assert tuned.schedule.total == round(30 * 1_281_167 / batch_size_384)
+    assert tuned.augment.eval_crop == crop
+
+
+@pytest.mark.parametrize("arg", ["x", "s,385", "s,image_size=384,384"])
+def test_spvit_recipes_that_there_are_not(arg):
+    with pytest.raises(InputError, match="config argument"):
+        load("spvit", arg)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_any_model_has_an_evaluation_on_imagenet(name):
+    config = load("imagenet", f"{name},384")
+    crop, interpolation = config_lib.evaluation_of(config, (384, 384))
+    assert crop in (0.875, 0.9, 1.0)
+    assert interpolation == "bicubic"
+    config.augment.eval_crop = 0.5
+    assert config_lib.evaluation_of(config, (384, 384)) == (0.5, "bicubic")
 
 
 def test_arguments_of_a_config():
@@ -96,7 +136,7 @@ def test_arguments_of_a_config():
         ("model=spvti", "did you mean 'spvit'"),
         ("modl=spvit", "did you mean 'model'"),
         ("train_size=many", "of type int"),
-        ("spvit", "not KEY=VALUE"),
+        ("spvit,200,3", "not KEY=VALUE"),
     ],
 )
 def test_wrong_arguments(arg, words):

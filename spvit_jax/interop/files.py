@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,8 @@ from spvit_jax.errors import InputError
 
 _WEIGHTS = ("state_dict", "model")
 _AVERAGES = ("state_dict_ema", "model_ema")
+# How torch names what it refuses to run.
+_REFUSED = re.compile(r"unsupported (?:global: )?(?:global|class) ([\w.]+)", re.IGNORECASE)
 _NOTE = "spvit_jax"  # under which a file written here says what model it is of
 SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 
@@ -42,7 +45,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str,
       ema: whether to take the moving average of the weights that is in the file beside them.
 
     Returns:
-      The state dict, names without a leading `module.`; and what `write` was told to note.
+      The state dict, as `as_arrays` returns it; and what `write` was told to note.
 
     Raises:
       InputError: the file cannot be read, or holds something else than weights.
@@ -58,12 +61,16 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str,
     else:
         content = _read_pickle(path)
         state_dict, note = _choose(content, path, ema=ema), content.get(_NOTE)
-    return {name.removeprefix("module."): array for name, array in state_dict.items()}, note
+    return state_dict, note
 
 
 def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
-    """Returns a state dict of PyTorch tensors, or of arrays, as one of NumPy arrays."""
-    return {name: _as_array(value) for name, value in state_dict.items()}
+    """Returns a state dict of PyTorch tensors, or of arrays, as one of NumPy arrays.
+
+    Names lose the `module.` that data-parallel training puts before them, and half precision
+    becomes single.
+    """
+    return {name.removeprefix("module."): _as_array(value) for name, value in state_dict.items()}
 
 
 def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
@@ -106,8 +113,8 @@ def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, dict[str, Any] | N
     try:
         with safetensors.safe_open(path, framework="np") as file:
             note = (file.metadata() or {}).get(_NOTE)
-            state_dict = {name: _as_array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-        return state_dict, note and json.loads(note)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return as_arrays(tensors), note and json.loads(note)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
 
@@ -116,17 +123,20 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
     torch = _torch()
     try:
         # The authors saved their command line beside the weights; it is data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
         if match := re.search(
-            r"GLOBAL ([\w.]+)|Unsupported (?:class|operand|global) (\S+)", str(error)
+            r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", str(error)
         ):
             raise InputError(
-                f"{path} is refused: it asks for {match[1] or match[2]} to be run, and weights "
-                "have no need of that. If you trust where it is from, save its tensors alone"
+                f"{path} is refused: it asks for {match[1]} to be run, and weights have no need "
+                "of that. If you trust where it is from, save its tensors alone"
             ) from error
-        raise InputError(f"{path} is damaged or not a file of PyTorch weights") from error
+        raise InputError(
+            f"{path} is damaged or not a file of PyTorch weights; nothing in it was run"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
     return content

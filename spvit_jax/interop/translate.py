@@ -48,8 +48,7 @@ def to_ours(
     arrays = {}
     for row in rows:
         theirs = tuple(given[name] for name in row.theirs)
-        leaf = shapes[row.ours]
-        arrays[row.ours] = np.asarray(row.layout.read(theirs, leaf.shape), leaf.dtype)
+        arrays[row.ours] = np.ascontiguousarray(row.layout.read(theirs, shapes[row.ours].shape))
     return config, arrays
 
 

@@ -67,7 +67,7 @@ def resize_offset_table(table: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def adapt(
-    arrays: Mapping[str, Any], source: ModelConfig, target: ModelConfig, where: str = "the model"
+    arrays: Mapping[str, Any], source: ModelConfig, target: ModelConfig, where: str = "the source"
 ) -> dict[str, jax.Array]:
     """Makes a model's weights those of the same model at another resolution or class count.
 

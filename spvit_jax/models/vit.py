@@ -56,7 +56,7 @@ class ViTConfig(ModelConfig):
             raise InputError(
                 f"spatial_layers is {self.spatial_layers} and class_token_layer "
                 f"{self.class_token_layer} at depth {self.depth}; expected at most "
-                f"{self.depth - 1}: the class token must enter before the last layer ends"
+                f"{self.depth - 1}: the class token enters at the latest before the last layer"
             )
 
     @property

@@ -14,7 +14,7 @@ _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 for _schema in ("nms", "qnms"):
     _OPERATORS.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import timm
+import timm  # noqa: E402
 
 
 class SpatialAttention(nn.Module):
@@ -135,7 +135,7 @@ class Stem(nn.Module):
 
 
 class TorchViT(nn.Module):
-    """Evaluation logits [B, C] of images [B, 3, H, W] for any `ViTConfig` without rescaled offsets."""
+    """Evaluation logits [B, C] of images [B, 3, H, W], for any `ViTConfig` with raw offsets."""
 
     def __init__(self, config):
         super().__init__()

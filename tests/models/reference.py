@@ -85,7 +85,9 @@ def block(x, p, config, layer, grid, num_prefix):
         scores = np.einsum("bnd,bmd->bnm", q[..., columns], k[..., columns]) / math.sqrt(d)
         if layer < config.spatial_layers:
             w = [p[f"{name}/attn/prior/{key}"] for key in ("w1", "b1", "w2", "b2")]
-            scores = scores * pairwise_gain(*w, grid, config.prior_extent)[head]
+            gain = pairwise_gain(*w, grid, config.prior_extent)[head]
+            gain = np.pad(gain, ((num_prefix, 0), (num_prefix, 0)), constant_values=1.0)
+            scores = scores * gain
         if head < masked:
             near = neighbourhood(grid, config.mask_shape, num_prefix)
             far = 0.0 if config.mask_kind == "soft" else -np.inf
@@ -126,14 +128,13 @@ def logits(images, params, stats, config):
 
     names = ["cls_token"] + (["dist_token"] if config.distilled else [])
     prefix = np.concatenate([np.repeat(p[name], len(x), 0) for name in names], 1)
-    if config.spatial_layers == 0:
-        x = np.concatenate([prefix, x], 1) + p["pos_embed"]
-    else:
-        x = x + p["pos_embed"]
+    late = config.class_token_layer
+    late = config.spatial_layers if late is None else late
+    x = (x if late else np.concatenate([prefix, x], 1)) + p["pos_embed"]
     for layer in range(config.depth):
-        if layer == config.spatial_layers > 0:
+        if layer == late > 0:
             x = np.concatenate([prefix, x], 1)
-        num_prefix = len(names) if layer >= config.spatial_layers else 0
+        num_prefix = len(names) if layer >= late else 0
         x = block(x, p, config, layer, grid, num_prefix)
     x = layer_norm(x, p, "norm", config.norm_eps)
 

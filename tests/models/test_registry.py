@@ -1,5 +1,6 @@
 """Names, fields and their errors; exact parameter counts and multiply-adds."""
 
+import json
 import subprocess
 import sys
 
@@ -9,7 +10,13 @@ import pytest
 from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.models import create_model, list_models, model_config
+from spvit_jax.models import (
+    create_model,
+    evaluation_protocol,
+    from_dict,
+    list_models,
+    model_config,
+)
 from spvit_jax.models.complexity import count_macs, count_parameters
 
 # Model: parameters and GMACs at 224, the same at 384 (where they are known).
@@ -27,6 +34,16 @@ COUNTS = {
     "spvit_s": (26_234_468, 6.55, 26_380_388, 21.92),
     "spvit_m": (55_952_992, 12.67, 56_147_552, 41.68),
     "spvit_l": (150_273_368, 34.55, 150_565_208, 109.59),
+    "cait_xxs24": (11_956_264, 2.52, 12_029_224, 9.60),
+    "cait_xxs36": (17_299_720, 3.76, 17_372_680, 14.31),
+    "cait_xs24": (26_560_648, 5.39, 26_670_088, 19.24),
+    "cait_s24": (46_916_200, 9.33, 47_062_120, 32.11),
+    "cait_s36": (68_220_712, 13.90, 68_366_632, 47.91),
+    "cait_m36": (270_929_512, 53.37, 271_221_352, 172.94),
+    "swin_t": (28_288_354, 4.49, None, None),
+    "swin_s": (49_606_258, 8.74, None, None),
+    "swin_b": (87_768_224, 15.43, 87_903_584, 47.08),
+    "swin_l": (196_532_476, 34.48, 196_735_516, 103.92),
 }
 MILLIONS = {"mait_xt": 6.3, "mait_t": 11, "mait_xs": 24.5, "mait_s": 43.3}
 
@@ -47,6 +64,57 @@ def test_spvit_m_with_the_ablations_18_layers():
     assert count_parameters(model_config("spvit_m", spatial_layers=18)) == 55_969_440
     config = model_config("spvit_m", spatial_layers=18, image_size=384)
     assert count_parameters(config) == 56_164_000
+
+
+def test_cait_m48_at_448():
+    config = model_config("cait_m48", image_size=448)
+    assert count_parameters(config) == 356_460_520
+    assert round(count_macs(config) / 1e9, 2) == 329.11
+
+
+def test_spvit_l_as_its_authors_trained_it():
+    """Without SP-SA, which an argument of their code left out, and yet with a late class token."""
+    config = model_config("spvit_l", spatial_layers=0, class_token_layer=22)
+    assert count_parameters(config) == 150_205_520
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "expected"),
+    [
+        ("cait_s24", ((8, 8), (8, 1), (8, 0)), [8] * 8 + [1] * 8 + [0] * 8),
+        ("cait_s24", "thirds", [8] * 8 + [1] * 8 + [0] * 8),
+        ("swin_t", "thirds", [3, 3, 6, 6] + [1] * 4 + [0] * 4),
+        ("swin_t", ((2, 3), (9, 2), (1, 24)), [3, 3] + [2] * 9 + [24]),
+    ],
+)
+def test_masked_heads_are_an_argument_of_every_family(name, schedule, expected):
+    config = model_config(name, masked_heads=schedule)
+    assert config.masked_per_layer() == expected
+    assert count_parameters(config) == count_parameters(model_config(name))
+
+
+def test_settings_survive_json():
+    settings = {"image_size": (160, 256), "masked_heads": ((2, 3), (2, 0)), "mask_radius": (1, 2)}
+    for config in (
+        model_config("spvit_s", depth=4, spatial_layers=3, num_classes=10, **settings),
+        model_config("cait_xxs24", depth=4, **settings),
+        model_config("swin_t", depths=(2, 2), **settings),
+    ):
+        assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InputError, match="settings of a model cannot be read"):
+        from_dict({"family": "ViTConfig", "width": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "crop"),
+    [
+        *[("spvit_s", 224, 0.9), ("spvit_s", 384, 0.9), ("spvit_m", 224, 1.0)],
+        *[("spvit_l", 384, 1.0), ("lvvit_t", 224, 0.9), ("lvvit_l", 448, 1.0)],
+        *[("cait_xxs24", 224, 1.0), ("swin_b", 224, 0.9), ("swin_b", 384, 1.0)],
+    ],
+)
+def test_evaluation_crops_are_the_authors(name, size, crop):
+    assert evaluation_protocol(name, (size, size)) == (crop, "bicubic")
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -106,6 +174,13 @@ def test_same_seed_same_weights():
         ("mait_s", {"masked_heads": ((8, 7), (16, 1))}, "asks for 7 masked heads"),
         ("mait_s", {"masked_heads": "halves"}, "'thirds'"),
         ("mait_s", {"mask_kind": "fuzzy"}, "'soft' or 'hard'"),
+        ("cait_s24", {"masked_heads": ((12, 9), (12, 0))}, "asks for 9 masked heads in layer 0"),
+        ("swin_t", {"masked_heads": ((12, 4),)}, "asks for 4 masked heads in layer 0, which has 3"),
+        ("swin_t", {"depths": (2, 0, 2)}, "at least one layer in each stage"),
+        ("swin_t", {"window": 0}, "at least 1 patch"),
+        ("swin_t", {"image_size": 226}, "226×226 is not a multiple of patch_size 4"),
+        ("swin_t", {"spatial_layers": 2}, "has no field 'spatial_layers'"),
+        ("spvit_s", {"class_token_layer": 16}, "at most 15"),
         ("deit_s", {"drop_path": 1.0}, "rate in"),
         ("deit_s", {"dtype": "float16"}, "expected float32, bfloat16"),
     ],

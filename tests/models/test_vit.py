@@ -25,6 +25,14 @@ CASES = {
         "spvit_s",
         {"depth": 2, "stem_width": 8, "spatial_layers": 1, "prior_extent": 14},
     ),
+    "spvit_l_as_its_authors_trained_it": (
+        "spvit_s",
+        {"depth": 3, "stem_width": 8, "spatial_layers": 0, "class_token_layer": 2},
+    ),
+    "spvit_class_token_from_the_start": (
+        "spvit_s",
+        {"depth": 3, "stem_width": 8, "spatial_layers": 2, "class_token_layer": 0},
+    ),
     "mait_soft": ("mait_t", {"depth": 3}),
     "mait_hard_3x5": (
         "mait_t",
@@ -160,8 +168,10 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32():
 def test_attention_maps_are_those_of_each_layer():
     variables = random_variables("spvit_s", **(SMALL | CASES["spvit"][1]))
     maps = jax.jit(lambda x: variables.model().attention_maps(x))(IMAGES)
-    assert [m.shape for m in maps] == [(2, 3, 160, 160)] * 3 + [(2, 3, 161, 161)]
-    for weights in maps:
+    assert [m.weights.shape for m in maps] == [(2, 3, 160, 160)] * 3 + [(2, 3, 161, 161)]
+    assert [m.num_prefix for m in maps] == [0, 0, 0, 1]
+    for weights, grid, _ in maps:
+        assert grid == (10, 16)
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
 

@@ -10,10 +10,14 @@ from spvit_jax.models.naming import map_named
 from spvit_jax.training.state import Variables
 
 
+def abstract_variables(config):
+    """A model's variables with shapes in the place of arrays."""
+    return Variables.of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+
+
 def random_variables(name, *, dtype="float32", seed=0, **overrides):
     """A named model's variables, drawn at random where initial values would hide mistakes."""
-    config = model_config(name, dtype=dtype, **overrides)
-    abstract = Variables.of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+    abstract = abstract_variables(model_config(name, dtype=dtype, **overrides))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

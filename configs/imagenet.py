@@ -1,0 +1,23 @@
+"""Any model of the registry on ImageNet-1K: for evaluating its weights, wherever they are from.
+
+    python -m spvit_jax.evaluate --config=configs/imagenet.py:swin_b,384 --checkpoint=swin_b.pth
+    python -m spvit_jax.evaluate --config=configs/imagenet.py:cait_s24 --checkpoint=runs/cait \
+        --config.data.data_dir=/data/tensorflow_datasets
+
+Arguments: `model`, one of `spvit_jax.models.list_models()`, and `image_size` in pixels, in this
+order or by name. Crop and interpolation are those of the model's authors. Training with this file
+takes the defaults of `spvit_jax/config.py`, which are nobody's recipe.
+"""
+
+from ml_collections import ConfigDict
+
+from spvit_jax import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration for `arg`, such as "swin_b,384"."""
+    args = config_lib.parse_arg(arg, model="deit_s", image_size=224)
+    config = config_lib.base()
+    config.model.name = args.model
+    config.model.image_size = args.image_size
+    return config
