@@ -6,6 +6,7 @@ What the commands share that begin with somebody's weights: evaluation, fine-tun
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,14 @@ from spvit_jax.models.naming import map_named, named_leaves
 from spvit_jax.models.resize import adapt, check_adaptable, check_classes
 from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.state import Variables
+
+log = logging.getLogger("spvit_jax")
+
+# Fields of a model that its weights do not show.
+_FUNCTION = (
+    *("masked_heads", "mask_radius", "mask_kind", "prior_extent"),
+    *("norm_eps", "skip_lam", "num_heads"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +72,17 @@ class Weights:
                 f"config.model.class_token_layer={fitting.late}"
             )
         check_adaptable(self.config, model, self.where)
+        for difference in self._differences(model):
+            log.warning("warning: %s was trained with %s", self.where, difference)
+
+    def _differences(self, model: ModelConfig) -> list[str]:
+        """Lists what changes the model's function and not its weights, as 'field a instead of b'."""
+        trained, asked = self.config.to_dict(), model.to_dict()
+        return [
+            f"{field} {trained[field]}, and {asked[field]} is asked for"
+            for field in _FUNCTION
+            if field in trained and trained[field] != asked[field]
+        ]
 
     def load(self, model: ModelConfig, mesh: Mesh, *, preset: str = "replicated") -> Variables:
         """Reads the weights and resizes them to the model's resolution.

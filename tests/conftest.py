@@ -17,3 +17,13 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 def data_dir() -> str:
     """The default data directory: prepared on first use, as by any command."""
     return str(REPOSITORY / "data")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of a machine with one device; compiled programs are shared between the runs."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -21,45 +20,8 @@ from flax import traverse_util
 
 from spvit_jax import config as config_lib
 from spvit_jax.evaluate import evaluate_checkpoint
+from tests.commands import CONFIG, SMALL, command, records_of, run
 from tests.conftest import REPOSITORY
-
-CONFIG = "--config=configs/digits.py"
-# Small and quick, but with everything that has a state: drop path, BatchNorm, an average.
-SMALL = [
-    "--config.model.depth=2",
-    "--config.model.dim=24",
-    "--config.model.spatial_layers=1",
-    "--config.model.stem_width=8",
-    "--config.data.batch_size=16",
-    "--config.data.train_size=200",
-    "--config.schedule.total=120 steps",
-    "--config.schedule.warmup=10 steps",
-    "--config.log_every=7 steps",
-    "--config.eval_every=40 steps",
-    "--config.checkpoint.every=10 steps",
-]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a machine with one device; compiled programs are shared between the runs."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def command(name, *args):
-    return [sys.executable, "-m", f"spvit_jax.{name}", *map(str, args)]
-
-
-def run(environment, name, *args, check=True):
-    result = subprocess.run(
-        command(name, *args), cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 def start(environment, workdir):
@@ -128,10 +90,6 @@ def reference(environment, tmp_path_factory):
     shown = run_on_a_terminal(environment, "train", CONFIG, f"--workdir={workdir}", *SMALL)
     (workdir / "terminal.txt").write_bytes(shown.encode())
     return workdir
-
-
-def records_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def newest_step(workdir):

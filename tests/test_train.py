@@ -12,7 +12,7 @@ from tests.test_config import digits
     [
         ({"model.name": "deit_tiny"}, "unknown model 'deit_tiny'; did you mean 'deit_ti'"),
         ({"model.image_size": 13}, "13×13 is not a multiple of patch_size 2"),
-        ({"model.spatial_layers": 4}, "spatial_layers is 4 at depth 4; expected at most 3"),
+        ({"model.spatial_layers": 4}, "class_token_layer None at depth 4; expected at most 3"),
         ({"model.masked_heads": ((2, 1),)}, "covers 2 layers, the model has 4"),
         ({"model.masked_heads": ((4, 4),)}, "asks for 4 masked heads"),
         ({"model.num_heads": 5}, "dim 48 is not a multiple of num_heads 5"),

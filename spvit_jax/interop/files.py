@@ -34,7 +34,7 @@ StateDict = dict[str, np.ndarray]
 
 def is_file_of_weights(path: pathlib.Path) -> bool:
     """Returns whether a path names a file such as are read here, rather than a checkpoint."""
-    return path.suffix in SUFFIXES or path.is_file()
+    return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
 
 
 def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str, Any] | None]:
@@ -50,9 +50,12 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str,
     Raises:
       InputError: the file cannot be read, or holds something else than weights.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    if path.read_bytes()[:256].lstrip().startswith(b"<"):
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if start.lstrip().startswith(b"<"):
         raise InputError(f"{path} is a web page, not weights; download the file itself")
     if path.suffix == ".safetensors":
         if ema:
@@ -61,7 +64,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str,
     else:
         content = _read_pickle(path)
         state_dict, note = _choose(content, path, ema=ema), content.get(_NOTE)
-    return state_dict, note
+    return state_dict, note if isinstance(note, dict) else None
 
 
 def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
@@ -127,9 +130,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        if match := re.search(
-            r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", str(error)
-        ):
+        if match := _REFUSED.search(str(error)):
             raise InputError(
                 f"{path} is refused: it asks for {match[1]} to be run, and weights have no need "
                 "of that. If you trust where it is from, save its tensors alone"

@@ -120,7 +120,7 @@ def truncated_safetensors(path):
 @pytest.mark.parametrize(
     ("name", "make", "words"),
     [
-        ("a.pth", lambda path: None, "there is no file"),
+        ("a.pth", lambda path: None, "No such file"),
         ("a.pth", truncated, "is damaged or not a file of PyTorch weights"),
         ("a.safetensors", truncated_safetensors, "is damaged or not a safetensors file"),
         ("a.pth", lambda path: path.write_text("\n<!DOCTYPE html><html>"), "is a web page"),

@@ -15,7 +15,7 @@ from spvit_jax.training import state as state_lib
 from spvit_jax.training.losses import classification_loss, smooth_labels
 from tests.models.weights import random_variables
 
-SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "depth": 2, "num_heads": 2}
+SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "num_heads": 2}
 RECIPE = step.Recipe(num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3, label_smoothing=0.1, ema=0.9)
 ROOT = jax.random.key(0)
 # Linear in the gradient; Adam's first steps would make signs of the rounding of small gradients.
@@ -28,11 +28,18 @@ def make_batch(size=16):
     return {"image": image, "label": rng.integers(0, 10, size).astype(np.int32)}
 
 
+FAMILIES = {
+    "spvit_s": {"depth": 2, "stem_width": 8, "spatial_layers": 1, "drop_path": 0.3},
+    "mait_t": {"depth": 2},
+    "cait_xxs24": {"depth": 2, "layer_scale": 0.1, "drop_path": 0.3, "masked_heads": ((2, 1),)},
+    "swin_t": {"depths": (2, 1), "window": 3, "drop_path": 0.3, "masked_heads": ((3, 1),)},
+}
+
+
 def make_state(name="spvit_s", **overrides):
-    """A small model's state with random weights; SP-ViT with drop path unless told otherwise."""
-    if name == "spvit_s":
-        overrides = {"stem_width": 8, "spatial_layers": 1, "drop_path": 0.3} | overrides
-    variables = random_variables(name, num_classes=10, **(SMALL | overrides))
+    """A small model's state with random weights; with drop path unless told otherwise."""
+    settings = SMALL | FAMILIES[name] | overrides
+    variables = random_variables(name, num_classes=10, **settings)
     return state_lib.create(variables.model(), SGD, ema=True)
 
 
@@ -54,12 +61,18 @@ def assert_close(left, right, rtol=1e-3, atol=1e-5):
         np.testing.assert_allclose(left[name], right[name], rtol, atol, err_msg=name)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "accumulate"), [(8, 1, 1), (1, 8, 1), (2, 4, 2)])
-def test_any_mesh_gives_the_numbers_of_one_device(data, fsdp, accumulate):
+@pytest.mark.parametrize(
+    ("name", "data", "fsdp", "accumulate"),
+    [
+        *[("spvit_s", 8, 1, 1), ("spvit_s", 1, 8, 1), ("spvit_s", 2, 4, 2)],
+        *[("cait_xxs24", 2, 4, 1), ("swin_t", 2, 4, 1)],
+    ],
+)
+def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
     """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
     recipe = dataclasses.replace(RECIPE, mixup=0.8, cutmix=1.0, accumulate=accumulate)
     mesh = sharding.make_mesh(data, fsdp)
-    state = make_state()
+    state = make_state(name)
     expected = run(state, recipe)
 
     shardings = sharding.state_shardings(state, mesh, "fsdp")
