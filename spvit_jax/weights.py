@@ -76,7 +76,7 @@ class Weights:
             log.warning("warning: %s was trained with %s", self.where, difference)
 
     def _differences(self, model: ModelConfig) -> list[str]:
-        """Lists what changes the model's function and not its weights, as 'field a instead of b'."""
+        """Lists what changes the model's function and does not show in its weights."""
         trained, asked = self.config.to_dict(), model.to_dict()
         return [
             f"{field} {trained[field]}, and {asked[field]} is asked for"
