@@ -52,24 +52,20 @@ class Weights:
 
         SP-ViT's authors trained with several numbers of SP-SA layers, L with none.
         """
-        if not isinstance(model, ViTConfig) or not isinstance(self.config, ViTConfig):
+        kinds = _kinds_of_layers(self.config)
+        if not isinstance(model, ViTConfig) or kinds is None or max(kinds) >= model.depth:
             return model
-        return dataclasses.replace(
-            model,
-            spatial_layers=self.config.spatial_layers,
-            class_token_layer=self.config.class_token_layer,
-        )
+        return dataclasses.replace(model, spatial_layers=kinds[0], class_token_layer=kinds[1])
 
     def check(self, model: ModelConfig, *, new_head: bool = False) -> None:
         """Raises an `InputError` unless `load` can make the weights those of the model."""
         check_classes(self.config, model, self.where, may_replace=new_head)
-        fitting = self.fit(model)
-        if isinstance(fitting, ViTConfig) and fitting != model:
+        kinds = _kinds_of_layers(self.config)
+        if kinds is not None and _kinds_of_layers(self.fit(model)) != _kinds_of_layers(model):
             raise InputError(
-                f"{self.where} has SP-SA in {fitting.spatial_layers} layers and the class token "
-                f"from layer {fitting.late} on, which the model has not; set "
-                f"config.model.spatial_layers={fitting.spatial_layers} and "
-                f"config.model.class_token_layer={fitting.late}"
+                f"{self.where} has SP-SA in {kinds[0]} layers and the class token from layer "
+                f"{kinds[1]} on, which the model has not; set config.model.spatial_layers="
+                f"{kinds[0]} and config.model.class_token_layer={kinds[1]}"
             )
         check_adaptable(self.config, model, self.where)
         for difference in self._differences(model):
@@ -141,6 +137,11 @@ def find(
 def _plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
     """Returns a model's variables as shapes with shardings, and the shardings alone."""
     return sharding.plan(lambda: Variables.of(model.build(nnx.Rngs(0))), mesh, preset)
+
+
+def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
+    """Returns how many layers have SP-SA, and which the class token enters; None for no ViT."""
+    return (model.spatial_layers, model.late) if isinstance(model, ViTConfig) else None
 
 
 def _known(config: ModelConfig | None, path: pathlib.Path) -> ModelConfig:

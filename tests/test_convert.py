@@ -157,12 +157,20 @@ def page(path):
     path.write_text("<!doctype html><title>404</title>")
 
 
+def deeper(path):
+    """Of another depth and with more SP-SA layers than --arch has layers."""
+    settings = {"dim": 24, "num_heads": 3, "stem_width": 8, "image_size": 32}
+    module = TorchViT(model_config("spvit_s", depth=20, spatial_layers=18, **settings))
+    torch.save({"model": module.state_dict()}, path)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (bomb, "is refused: it asks for posix.mkdir to be run"),
         (truncated, "is damaged or not a file of PyTorch weights"),
         (other, "is of another model. Missing: "),
+        (deeper, "is of another model. Missing: "),
         (page, "is a web page"),
     ],
 )

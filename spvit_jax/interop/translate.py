@@ -43,7 +43,7 @@ def to_ours(
     given = {name: array for name, array in state_dict.items() if not _BUFFERS.search(name)}
     config = _recognise({name: array.shape for name, array in given.items()}, like)
     rows = _rows_nearest(config, given)
-    check_shapes(_their_shapes(config, rows), _shapes(given), where)
+    _check(_their_shapes(config, rows), _shapes(given), config, where)
     shapes = shapes_of(config)
     arrays = {}
     for row in rows:
@@ -107,14 +107,27 @@ def _their_shapes(config: ModelConfig, rows: list[Row]) -> dict[str, Shape]:
     return expected
 
 
+def _check(
+    expected: Mapping[str, Shape], given: Mapping[str, Shape], config: ModelConfig, where: object
+) -> None:
+    """Raises an `InputError` unless the names and shapes are those expected."""
+    names, rows = expected.keys() | given.keys(), _size(given, "pos_embed", axis=1)
+    if rows and {name for name in names if expected.get(name) != given.get(name)} == {"pos_embed"}:
+        raise InputError(
+            f"{where} has a position embedding of {rows} rows, which fits neither a square nor "
+            f"the grid of the model, {config.grid[0]}×{config.grid[1]}; give its image_size"
+        )
+    check_shapes(expected, given, where)
+
+
 def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
     """Returns the model with the classes, resolution and kinds of layers of a state dict."""
     for name in ("head.weight", "head.fc.weight"):
-        if name in shapes:
-            like = dataclasses.replace(like, num_classes=shapes[name][0])
+        if classes := _size(shapes, name, axis=0):
+            like = dataclasses.replace(like, num_classes=classes)
     if isinstance(like, SwinConfig):
         return _with_window(shapes, like)
-    rows = shapes.get("pos_embed", (0, 0))[1]
+    rows = _size(shapes, "pos_embed", axis=1)
     if isinstance(like, ViTConfig):
         like = _with_spatial_layers(shapes, rows, like)
         rows -= 0 if like.late else like.num_prefix
@@ -129,7 +142,7 @@ def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig
     had square grids only, and of two successive numbers only one can be a square.
     """
     spatial = sum(f"blocks.{layer}.attn.qk.weight" in shapes for layer in range(like.depth))
-    if spatial == like.spatial_layers:
+    if spatial == like.spatial_layers or spatial >= like.depth:
         return like
     late = None
     if spatial == 0 and _is_square(rows):
@@ -138,25 +151,26 @@ def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig
 
 
 def _with_grid(rows: int, like: ModelConfig) -> ModelConfig:
-    """Takes the resolution from the number of patches that have a position."""
-    if _is_square(rows):
-        return dataclasses.replace(like, image_size=math.isqrt(rows) * like.patch_size)
-    if rows > 0 and rows != like.grid[0] * like.grid[1]:
-        raise InputError(
-            f"the position embedding has {rows} patches, which is neither a square nor the grid "
-            f"of the model, {like.grid[0]}×{like.grid[1]}; give image_size as it was in training"
-        )
-    return like
+    """Takes the resolution from the number of patches that have a position, if it is a square."""
+    if not _is_square(rows):
+        return like
+    return dataclasses.replace(like, image_size=math.isqrt(rows) * like.patch_size)
 
 
 def _with_window(shapes: Mapping[str, Shape], like: SwinConfig) -> SwinConfig:
     """Takes the window from the first layer's table of biases, and the resolution from it."""
-    rows = shapes.get("layers.0.blocks.0.attn.relative_position_bias_table", (0,))[0]
+    rows = _size(shapes, "layers.0.blocks.0.attn.relative_position_bias_table", axis=0)
     table = shapes_of(like)["blocks/0/attn/position/table"].shape
     if rows == table[1] * table[2] or not _is_square(rows) or rows % 2 == 0:
         return like
     window = (math.isqrt(rows) + 1) // 2
     return dataclasses.replace(like, image_size=32 * window, window=None)
+
+
+def _size(shapes: Mapping[str, Shape], name: str, axis: int) -> int:
+    """Returns one dimension of an array, or 0 if there is none."""
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) else 0
 
 
 def _is_square(number: int) -> bool:

@@ -98,7 +98,9 @@ def test_full_models_in_float32(case):
     name, timm_name, size, overrides = FULL[case]
     config = model_config(name, image_size=size, **overrides)
     images = photographs(size).astype(np.float32)
-    assert difference(torch_module(config, timm_name, torch.float32), config, images) <= 3e-5
+    measured = difference(torch_module(config, timm_name, torch.float32), config, images)
+    print(f"{case}: {measured:.1e} of the logits' standard deviation")
+    assert measured <= 3e-5
 
 
 @pytest.mark.parametrize("case", SMALL)

@@ -155,7 +155,7 @@ def test_all_differences_are_shown_together():
 def test_a_grid_that_is_neither_square_nor_the_models_is_asked_for():
     source = model_config("deit_s", **(VIT | {"image_size": (48, 80)}))
     state_dict = as_arrays(TorchViT(source).state_dict())
-    with pytest.raises(InputError, match=r"15 patches, which is neither a square nor .* 3×3"):
+    with pytest.raises(InputError, match=r"of 16 rows, which fits neither a square .* 3×3"):
         to_ours(state_dict, model_config("deit_s", **VIT))
     assert to_ours(state_dict, source)[0] == source
 
