@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         dim: int,
-        attn: Attention,
+        make_attention: Callable[[], Attention],
         *,
         mlp_ratio: float,
         norm_eps: float,
@@ -37,7 +38,7 @@ class Block(nnx.Module):
 
         Args:
           dim: D.
-          attn: the attention, on D channels.
+          make_attention: makes the attention, on D channels.
           mlp_ratio: hidden width of the MLP over D.
           norm_eps: epsilon of LayerNorm.
           drop_path: rate at which an example loses a residual branch in training.
@@ -49,7 +50,7 @@ class Block(nnx.Module):
         """
         norm = functools.partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, rngs=rngs)
         self.norm1 = norm(dim)
-        self.attn = attn
+        self.attn = make_attention()
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale is not None else None

@@ -134,7 +134,8 @@ class CaiT(Model):
 
 def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
     dtype = jnp.dtype(config.dtype)
-    attn = Attention(
+    make_attention = functools.partial(
+        Attention,
         config.dim,
         config.num_heads,
         qkv_bias=config.qkv_bias,
@@ -145,7 +146,7 @@ def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
     )
     return Block(
         config.dim,
-        attn,
+        make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
         drop_path=config.drop_path,

@@ -8,6 +8,7 @@ settings are in the registry, `spvit_jax.models`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -233,7 +234,8 @@ class Swin(Model):
 def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.Rngs) -> Block:
     grid, dim, heads = config.stages()[stage]
     dtype = jnp.dtype(config.dtype)
-    attn = WindowAttention(
+    make_attention = functools.partial(
+        WindowAttention,
         dim,
         heads,
         grid=grid,
@@ -246,7 +248,7 @@ def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.
     )
     return Block(
         dim,
-        attn,
+        make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
         drop_path=config.drop_path * layer / max(sum(config.depths) - 1, 1),

@@ -151,7 +151,8 @@ class ViT(Model):
 
 def _block(config: ViTConfig, layer: int, rngs: nnx.Rngs) -> Block:
     dtype = jnp.dtype(config.dtype)
-    attn = Attention(
+    make_attention = functools.partial(
+        Attention,
         config.dim,
         config.num_heads,
         qkv_bias=config.qkv_bias,
@@ -163,7 +164,7 @@ def _block(config: ViTConfig, layer: int, rngs: nnx.Rngs) -> Block:
     )
     return Block(
         config.dim,
-        attn,
+        make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
         drop_path=config.drop_path * layer / max(config.depth - 1, 1),
