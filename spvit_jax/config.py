@@ -91,8 +91,13 @@ def base() -> ConfigDict:
     config.augment = augment = ConfigDict()
     augment.crop_scale = (0.08, 1.0)  # random crop's share of the image's area
     augment.crop_ratio = (3 / 4, 4 / 3)  # random crop's width over height
-    augment.interpolation = "bicubic"  # for training images; or "bilinear"
+    augment.interpolation = "bicubic"  # for training images; or "bilinear", or "random" of both
     augment.flip = 0.5  # probability of a horizontal flip
+    augment.repeats = 1  # of each image in a row, each augmented anew (repeated augmentation)
+    augment.rand_augment = placeholder(str)  # timm's notation, "rand-m9-mstd0.5-inc1"
+    augment.three_augment = False  # grey, solarized or blurred, one of them (DeiT III)
+    augment.color_jitter = 0.0  # strength of random brightness, contrast and saturation
+    augment.erase = 0.0  # probability of filling a random box with noise
     augment.mixup = 0.0  # α of MixUp; 0 is off
     augment.cutmix = 0.0  # α of CutMix; 0 is off
     augment.mix_probability = 1.0  # of mixing a batch at all

@@ -121,6 +121,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 batch_size=batch_size,
                 seed=config.seed,
                 start_step=step,
+                repeats=config.augment.repeats,
                 share=share,
                 threads=config.data.threads,
             ) as batches,

@@ -7,13 +7,17 @@ whenever and wherever it is read. What is done to a whole batch is in `mix.py`, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Self
 
 from ml_collections import ConfigDict
 
 from spvit_jax.data.tensorflow import tf
 
+Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width; int32
+
 _CROP_ATTEMPTS = 10  # torchvision's
+_EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class TrainTransform:
       scale: range of the crop's share of the image's area; (1, 1) keeps the whole image.
       ratio: range of the crop's width over its height.
       flip: probability of a horizontal flip.
-      interpolation: "bilinear" or "bicubic".
+      interpolation: "bilinear", "bicubic", or "random" for either with the same probability.
     """
 
     size: tuple[int, int]
@@ -48,13 +52,19 @@ class TrainTransform:
 
     def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image and a seed int64 [2] to uint8 [height, width, 3]."""
-        crop_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-        image = _decode(encoded)
-        top, left, height, width = random_crop_box(
-            tf.shape(image)[:2], crop_seed, self.scale, self.ratio
+        seeds = tf.random.experimental.stateless_split(seed, 3)
+        crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
+        image = _decode_crop(
+            encoded, lambda shape: random_crop_box(shape, crop_seed, self.scale, self.ratio)
         )
-        image = tf.image.crop_to_bounding_box(image, top, left, height, width)
-        image = _resize(image, self.size, self.interpolation)
+        if self.interpolation == "random":
+            image = tf.cond(
+                tf.random.stateless_uniform([], interpolation_seed) < 0.5,
+                lambda: _resize(image, self.size, "bilinear"),
+                lambda: _resize(image, self.size, "bicubic"),
+            )
+        else:
+            image = _resize(image, self.size, self.interpolation)
         flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
         return tf.where(flipped, image[:, ::-1], image)
 
@@ -91,7 +101,7 @@ def random_crop_box(
     seed: tf.Tensor,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> Box:
     """Draws the box of a RandomResizedCrop (Inception's, with torchvision's distributions).
 
     Args:
@@ -133,7 +143,30 @@ def random_crop_box(
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes any image format to uint8 [height, width, 3]; grey images become RGB."""
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_EXACT),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
+
+
+def _decode_crop(
+    encoded: tf.Tensor, draw_box: Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
+) -> tf.Tensor:
+    """Decodes the part of an image in a box (top, left, height, width) that `draw_box` returns.
+
+    `draw_box` takes the image's (height, width); of a JPEG, nothing outside the box is decoded.
+    """
+
+    def jpeg() -> tf.Tensor:
+        box = tf.stack(draw_box(tf.io.extract_jpeg_shape(encoded)[:2]))
+        return tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_EXACT)
+
+    def other() -> tf.Tensor:
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        return tf.image.crop_to_bounding_box(image, *draw_box(tf.shape(image)[:2]))
+
+    return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
 
 def _resize(image: tf.Tensor, size: tf.Tensor | tuple[int, int], interpolation: str) -> tf.Tensor:

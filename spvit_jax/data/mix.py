@@ -1,24 +1,166 @@
 """What is done to a whole batch, on the device and inside the jitted step.
 
-Normalising, MixUp and CutMix on float images; the host sends uint8. What is done to one image is
-in `augment.py`.
+The host crops, resizes and flips single images (`augment.py`) and sends uint8; from there
+`BatchTransform` goes on: RandAugment and its like (`randaugment.py`), normalising, erasing, MixUp
+and CutMix.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from spvit_jax.data.randaugment import RandAugment, color_jitter, three_augment
+
+_ERASE_ATTEMPTS = 10  # timm's
+_ERASED_AREA = (0.02, 1 / 3)  # share of the image
+_ERASED_RATIO = (0.3, 1 / 0.3)  # height over width
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchTransform:
+    """How a training batch is made of what the host sends; off unless said.
+
+    Attributes:
+      mean: of each channel, on a scale of 0 to 1.
+      std: likewise.
+      rand_augment: the policy of RandAugment, or None.
+      three_augment: whether each image becomes grey, solarized or blurred (3-Augment).
+      color_jitter: strength of random brightness, contrast and saturation.
+      erase: probability of filling a random box with noise.
+      mixup: α of MixUp.
+      cutmix: α of CutMix.
+      mix_probability: of mixing a batch at all.
+      switch_probability: of CutMix rather than MixUp where both are on.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rand_augment: RandAugment | None = None
+    three_augment: bool = False
+    color_jitter: float = 0.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    switch_probability: float = 0.5
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Self:
+        """Takes the transform out of a configuration."""
+        augment = config.augment
+        policy = augment.rand_augment
+        return cls(
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+            rand_augment=None if policy is None else RandAugment.parse(policy),
+            three_augment=augment.three_augment,
+            color_jitter=augment.color_jitter,
+            erase=augment.erase,
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            mix_probability=augment.mix_probability,
+            switch_probability=augment.switch_probability,
+        )
+
+    def __call__(
+        self, images: jax.Array, targets: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Augments a batch.
+
+        Args:
+          images: uint8 [B, h, w, 3].
+          targets: [B, C] class probabilities.
+          key: a random key.
+
+        Returns:
+          Normalised images float32 [B, h, w, 3], and targets [B, C].
+        """
+        augment_key, erase_key, mix_key = jax.random.split(key, 3)
+        images = self.normalize(self._augment(images, augment_key))
+        if self.erase:
+            images = erase(images, jax.random.split(erase_key, len(images)), self.erase)
+        return mix(
+            images,
+            targets,
+            mix_key,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            probability=self.mix_probability,
+            switch_probability=self.switch_probability,
+        )
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Maps images from 0 to 255 to normalised ones, float32; all that evaluation does."""
+        return normalize(images, self.mean, self.std)
+
+    def _augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """Changes pixels that are still whole numbers from 0 to 255."""
+        if not (self.rand_augment or self.three_augment or self.color_jitter):
+            return images
+        images = images.astype(jnp.float32)
+        three_key, jitter_key, policy_key = (
+            jax.random.split(key, len(images)) for key in jax.random.split(key, 3)
+        )
+        if self.three_augment:
+            images = three_augment(images, three_key)
+        if self.color_jitter:
+            images = color_jitter(images, jitter_key, self.color_jitter)
+        if self.rand_augment is not None:
+            fill = jnp.round(255 * jnp.array(self.mean))
+            images, _ = self.rand_augment(images, policy_key, fill)
+        return images
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Maps uint8 images [B, h, w, 3] to float32, subtracting the mean and dividing by the std.
+    """Maps images [B, h, w, 3] of 0 to 255 to float32, less the mean and divided by the std.
 
     `mean` and `std` are per channel, for pixels on a scale of 0 to 1.
     """
     offset, scale = 255 * jnp.array(mean), 255 * jnp.array(std)
     return (images.astype(jnp.float32) - offset) / scale
+
+
+def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
+    """Fills a random box of some images with noise (random erasing, arXiv 1708.04896).
+
+    The box has 2% to a third of the image's area and a ratio of 0.3 to 3.3, as in timm; of ten
+    draws the first that fits is taken.
+
+    Args:
+      images: normalised, [B, h, w, 3] float.
+      keys: random keys [B].
+      probability: with which an image is changed.
+
+    Returns:
+      Images of the same shape, with pixels drawn from a normal distribution in the box.
+    """
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, 6)
+        h, w = image.shape[:2]
+        draws = (_ERASE_ATTEMPTS,)
+        area = h * w * jax.random.uniform(keys[0], draws, jnp.float32, *_ERASED_AREA)
+        log_ratio = (math.log(ratio) for ratio in _ERASED_RATIO)
+        ratio = jnp.exp(jax.random.uniform(keys[1], draws, jnp.float32, *log_ratio))
+        rows, columns = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+        fits = (rows < h) & (columns < w)
+        first = jnp.argmax(fits)
+        rows, columns = rows[first], columns[first]
+        top = jnp.floor(jax.random.uniform(keys[2]) * (h - rows + 1))
+        left = jnp.floor(jax.random.uniform(keys[3]) * (w - columns + 1))
+        y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[None, :, None]
+        box = (y >= top) & (y < top + rows) & (x >= left) & (x < left + columns)
+        chosen = jax.random.bernoulli(keys[4], probability) & fits.any()
+        return jnp.where(box & chosen, jax.random.normal(keys[5], image.shape), image)
+
+    return jax.vmap(one)(images, keys)
 
 
 def mix(

@@ -79,6 +79,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    repeats: int = 1,
     share: Share = Share(),
     threads: int | None = None,
 ) -> BatchIterator:
@@ -90,6 +91,9 @@ def train_batches(
       batch_size: of the global batch, a multiple of the number of processes.
       seed: of order and augmentation.
       start_step: the step of the first batch.
+      repeats: how often an example occurs in a row, each time augmented anew (repeated
+        augmentation, arXiv 1902.05509); the stream then takes so many times longer to go through
+        all examples.
       share: which part of each batch this process reads.
       threads: for decoding; None for one per core. The batches do not depend on it.
 
@@ -108,7 +112,7 @@ def train_batches(
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = share.ordinals(step, batch_size)
-        return shuffled_index(ordinal, len(source), seed), ordinal
+        return shuffled_index(ordinal // repeats, len(source), seed), ordinal
 
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
     return BatchIterator(_read(source, steps.map(locate), make, local, threads))

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from spvit_jax.data import mix
+from spvit_jax.data.mix import BatchTransform
 from spvit_jax.training import losses
 from spvit_jax.training.state import METRICS, Metrics, TrainState, Variables
 
@@ -24,14 +24,9 @@ class Recipe:
     """What the step needs to know of the configuration; static."""
 
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    transform: BatchTransform
     label_smoothing: float = 0.0
     dense_weight: float = 1.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    switch_probability: float = 0.5
     accumulate: int = 1
     ema: float = 0.0
 
@@ -40,14 +35,9 @@ class Recipe:
         """Takes the recipe out of a configuration."""
         return cls(
             num_classes=num_classes,
-            mean=tuple(config.data.mean),
-            std=tuple(config.data.std),
+            transform=BatchTransform.of(config),
             label_smoothing=config.loss.label_smoothing,
             dense_weight=config.loss.dense_weight,
-            mixup=config.augment.mixup,
-            cutmix=config.augment.cutmix,
-            mix_probability=config.augment.mix_probability,
-            switch_probability=config.augment.switch_probability,
             accumulate=config.optim.accumulate,
             ema=config.optim.ema,
         )
@@ -78,17 +68,8 @@ def train_step(
     Returns:
       The state after the step, with the step's metrics added to its sums.
     """
-    images = mix.normalize(batch["image"], recipe.mean, recipe.std)
     targets = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
-    images, targets = mix.mix(
-        images,
-        targets,
-        key_for(rng, "mix", state.step),
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        probability=recipe.mix_probability,
-        switch_probability=recipe.switch_probability,
-    )
+    images, targets = recipe.transform(batch["image"], targets, key_for(rng, "mix", state.step))
     grads, stats, metrics = _gradients(
         state.model, images, targets, key_for(rng, "drop_path", state.step), recipe
     )
@@ -121,7 +102,7 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
     Returns:
       (sum, count) of `loss` (cross-entropy with the label), `top1` and `top5`.
     """
-    images = mix.normalize(batch["image"], recipe.mean, recipe.std)
+    images = recipe.transform.normalize(batch["image"])
     logits = model.model().outputs(images).evaluation_logits()
     labels, mask = batch["label"], batch["mask"]
     ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]

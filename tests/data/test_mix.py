@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.data.mix import mix, normalize
+from spvit_jax.data.mix import BatchTransform, erase, mix, normalize
+from spvit_jax.data.randaugment import RandAugment
 
 
 def batch(size=6):
@@ -61,3 +62,61 @@ def test_nothing_is_mixed_when_both_are_off():
     same = mix(images, targets, jax.random.key(0), mixup=0.0, cutmix=0.0)
     assert same[0] is images
     assert same[1] is targets
+
+
+def boxes(changed):
+    """Rows and columns [B] of what has changed, and whether it is a full rectangle."""
+    rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
+    return rows, columns, changed.sum((1, 2)) == rows * columns
+
+
+def test_erasing_fills_a_box_of_timms_sizes_with_noise():
+    size, count = 64, 3000
+    images = jnp.full((count, size, size, 3), 9.0)
+    erased = np.asarray(erase(images, jax.random.split(jax.random.key(0), count), 0.25))
+    changed = (erased != 9).all(-1)
+    some = changed.any((1, 2))
+    assert some.mean() == pytest.approx(0.25, abs=0.04)
+    rows, columns, full = boxes(changed[some])
+    assert full.all()
+    share = rows * columns / size**2
+    assert share.min() == pytest.approx(0.02, abs=0.006)
+    assert share.max() == pytest.approx(1 / 3, abs=0.02)
+    assert share.mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
+    assert np.median(rows / columns) == pytest.approx(1, abs=0.15)
+    assert (rows / columns).max() < 4
+    noise = erased[changed]
+    assert noise.mean() == pytest.approx(0, abs=0.01)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    top, left = changed[some].any(2).argmax(1), changed[some].any(1).argmax(1)
+    for start, length in ((top, rows), (left, columns)):
+        assert np.mean(start / (size - length)) == pytest.approx(0.5, abs=0.05)
+
+
+def test_erasing_is_off_and_on():
+    images, _ = batch()
+    keys = jax.random.split(jax.random.key(0), 6)
+    np.testing.assert_array_equal(erase(images, keys, 0.0), images)
+    assert (erase(images, keys, 1.0) != images).any((1, 2, 3)).all()
+
+
+def test_the_whole_transform_is_its_parts_in_order():
+    """RandAugment on pixels, then normalising, erasing, and mixing last."""
+    images = jax.random.randint(jax.random.key(3), (6, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    plain = BatchTransform((0.5,) * 3, (0.25,) * 3)
+    out, targets = plain(images, jnp.eye(6), jax.random.key(0))
+    np.testing.assert_allclose(out, normalize(images, (0.5,) * 3, (0.25,) * 3))
+    np.testing.assert_array_equal(targets, jnp.eye(6))
+
+    policy = BatchTransform(
+        (0.5,) * 3, (0.25,) * 3, rand_augment=RandAugment(), color_jitter=0.2, erase=0.5, mixup=0.8
+    )
+    key = jax.random.key(0)
+    augment_key, erase_key, mix_key = jax.random.split(key, 3)
+    expected = policy.normalize(policy._augment(images, augment_key))
+    whole = (expected * 0.25 + 0.5) * 255
+    np.testing.assert_allclose(whole, jnp.round(whole), atol=1e-3)
+    expected = erase(expected, jax.random.split(erase_key, 6), 0.5)
+    expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0)
+    for ours, theirs in zip(policy(images, jnp.eye(6), key), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
