@@ -10,9 +10,9 @@ fine-tune, `config.init_from`, is a run at 224 or the authors' file; positions a
 
 Values are those of the authors' scripts; the 30 epochs of the fine-tune are the paper's. Its
 learning rate is constant, apart from the warm-up that their training code always does. They trained
-with token labels, RandAugment and random erasing, which this code base does not have yet: without
-them the accuracies below, which are the paper's top-1, are not to be expected from training here.
-Evaluating the authors' weights needs none of that.
+with token labels, which this code base does not have yet: each token learns the image's label in
+their place, and the accuracies below, which are the paper's top-1, are not to be expected from
+that. Evaluating the authors' weights needs no labels.
 
 | size | hardware of the authors | 224 | 384 |
 |---|---|---|---|
@@ -43,6 +43,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = config_lib.base()
     config.model.name = f"spvit_{args.size}"
     config.model.image_size = args.image_size
+
+    config.augment.interpolation = "random"
+    config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"
+    config.augment.erase = 0.25
 
     config.data.batch_size = batch_size
     config.optim.lr = lr

@@ -109,7 +109,11 @@ def base() -> ConfigDict:
     loss.label_smoothing = 0.1  # share of the target spread over all classes
     loss.dense_weight = 1.0  # of the loss of a dense head, where the model has one
 
+    config.distill = distill = ConfigDict()
+    distill.teacher = placeholder(str)  # workdir or file whose labels a distilled model learns
+
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or "lamb", or "sgd" with momentum b1
     optim.lr = 1e-3  # peak learning rate, absolute: nothing rescales it
     optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown
     optim.warmup_lr = 1e-6  # at the first step
@@ -117,6 +121,7 @@ def base() -> ConfigDict:
     optim.b1 = 0.9  # Adam's decay of the first moment
     optim.b2 = 0.999  # Adam's decay of the second moment
     optim.eps = 1e-8  # Adam's epsilon
+    optim.layer_decay = 1.0  # learning rate of each layer over that of the next; 1 is off
     optim.clip_norm = 0.0  # largest norm of the whole gradient; 0 is off
     optim.accumulate = 1  # micro-batches per step; batch_size counts all of them
     optim.ema = 0.0  # decay of the moving average of the weights; 0 is off

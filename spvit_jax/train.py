@@ -7,18 +7,23 @@ The same command started again continues the run in that workdir, to the same en
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 
 import jax
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.errors import InputError
+from spvit_jax.models import ModelConfig
+from spvit_jax.models.resize import check_classes
 from spvit_jax.training import checkpoint, optimizer, report, sharding
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
@@ -27,15 +32,16 @@ from spvit_jax.training.report import log
 from spvit_jax.training.step import Recipe, eval_step, train_step
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
+def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
     """Trains, or continues to train, what a configuration describes.
 
     Args:
       config: as `spvit_jax.config.base`; durations may be texts.
       workdir: receives checkpoints, records and the resolved configuration; created if need be.
+      dry_run: whether to check everything, take one step on real data, and write nothing.
 
     Returns:
-      Whether the run is complete; it is not if a SIGTERM came first.
+      Whether the run is complete; it is not if a SIGTERM came first, or in a dry run.
 
     Raises:
       InputError: the configuration, the data or the workdir cannot be used.
@@ -58,34 +64,63 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
     share = pipeline.Share(jax.process_index(), jax.process_count())
-    train_transform = TrainTransform.of(config, model_config.image_shape)
     protocol = config_lib.evaluation_of(config, model_config.image_shape)
-    eval_transform = EvalTransform(model_config.image_shape, *protocol)
     in_use = checkpoint.exists(workdir)
     init_from = None
     if config.init_from and not in_use:
         init_from = weights.find(pathlib.Path(config.init_from), model_config)
         init_from.check(model_config, new_head=config.init_new_head)
+    teacher = None
+    if config.distill.teacher:
+        teacher = _load_teacher(pathlib.Path(config.distill.teacher), model_config, mesh)
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
     root = jax.random.key(config.seed)
-    adamw = optimizer.make_optimizer(config)
+    tx = optimizer.make_optimizer(config)
     learning_rate = optimizer.make_schedule(config)
 
     def create() -> state_lib.TrainState:
         model = model_config.build(nnx.Rngs(jax.random.fold_in(root, 0)))
-        return state_lib.create(model, adamw, ema=recipe.ema > 0)
+        return state_lib.create(model, tx, ema=recipe.ema > 0)
 
     abstract, shardings = sharding.plan(create, mesh, config.mesh.sharding)
     train_fn = jax.jit(
-        functools.partial(train_step, optimizer=adamw, recipe=recipe),
+        functools.partial(train_step, optimizer=tx, recipe=recipe),
         donate_argnames="state",
         out_shardings=shardings,
     )
     eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
 
-    config_lib.claim_workdir(workdir, config, in_use=in_use)
-    report.start_logging(workdir)
+    def fresh() -> tuple[state_lib.TrainState, str]:
+        """Returns the state before the first step, and where its weights are from."""
+        state = jax.jit(create, out_shardings=shardings)()
+        if init_from is None:
+            return state, "scratch"
+        variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
+        return state_lib.with_variables(state, variables), init_from.where
+
+    train_batches = functools.partial(
+        pipeline.train_batches,
+        train_source,
+        TrainTransform.of(config, model_config.image_shape),
+        batch_size=batch_size,
+        seed=config.seed,
+        repeats=config.augment.repeats,
+        share=share,
+        threads=config.data.threads,
+    )
+    eval_batches = functools.partial(
+        pipeline.eval_batches,
+        eval_source,
+        EvalTransform(model_config.image_shape, *protocol),
+        batch_size=eval_batch_size,
+        share=share,
+        threads=config.data.threads,
+    )
+
+    if not dry_run:
+        config_lib.claim_workdir(workdir, config, in_use=in_use)
+    report.start_logging(None if dry_run else workdir)
     report.summarize(
         config,
         model_config,
@@ -94,6 +129,18 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
         num_eval=len(eval_source),
         mesh=mesh,
     )
+
+    # ── A dry run ends here, after one step ──────────────────────────────────────────────────────
+    if dry_run:
+        trial, origin = fresh()
+        with train_batches() as batches, eval_batches() as held_out:
+            trial = train_fn(trial, sharding.put_batch(next(batches), mesh), root, teacher)
+            state_lib.check_finite(trial)
+            first = eval_fn(trial.best_model, sharding.put_batch(next(held_out), mesh))
+        losses = state_lib.means(trial.metrics)["loss"], state_lib.means(first)["loss"]
+        log.info("dry run         from %s, loss %.4f, then %.4f on held-out data", origin, *losses)
+        log.info("dry run         nothing was written; without --dry_run it goes to %s", workdir)
+        return False
 
     with (
         Interrupt() as interrupt,
@@ -107,31 +154,19 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
         # ── Start: from the own workdir, else from init_from, else from scratch ──────────────────
         state, origin = checkpoints.restore(abstract), "the last checkpoint in the workdir"
         if state is None:
-            state, origin = jax.jit(create, out_shardings=shardings)(), "scratch"
-            if init_from:
-                variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
-                state, origin = state_lib.with_variables(state, variables), init_from.where
+            state, origin = fresh()
         step = int(state.step)
         log.info("start           at step %d of %d, from %s", step, total_steps, origin)
 
         with (
-            pipeline.train_batches(
-                train_source,
-                train_transform,
-                batch_size=batch_size,
-                seed=config.seed,
-                start_step=step,
-                repeats=config.augment.repeats,
-                share=share,
-                threads=config.data.threads,
-            ) as batches,
+            train_batches(start_step=step) as batches,
             report.Reporter(
                 workdir, start_step=step, total_steps=total_steps, batch_size=batch_size
             ) as reporter,
         ):
             # ── Steps ────────────────────────────────────────────────────────────────────────────
             while step < total_steps and not interrupt.requested:
-                state = train_fn(state, sharding.put_batch(next(batches), mesh), root)
+                state = train_fn(state, sharding.put_batch(next(batches), mesh), root, teacher)
                 step += 1
                 reporter.advance()
 
@@ -146,18 +181,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 if step % config.eval_every == 0 or step == total_steps:
                     state_lib.check_finite(state)
                     with reporter.pause():
-                        results = evaluate(
-                            eval_fn,
-                            state.best_model,
-                            pipeline.eval_batches(
-                                eval_source,
-                                eval_transform,
-                                batch_size=eval_batch_size,
-                                share=share,
-                                threads=config.data.threads,
-                            ),
-                            mesh,
-                        )
+                        results = evaluate(eval_fn, state.best_model, eval_batches(), mesh)
                     reporter.evaluation(step, results)
 
                 if results or step % config.checkpoint.every == 0:
@@ -174,13 +198,27 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> bool:
     return step == total_steps
 
 
+def _load_teacher(path: pathlib.Path, student: ModelConfig, mesh: Mesh) -> state_lib.Variables:
+    """Reads the model whose labels a distilled one learns, at the student's resolution."""
+    if not getattr(student, "distilled", False):
+        raise InputError(
+            "config.distill.teacher is set, and the model has no distillation token to learn from "
+            "it; choose a distilled one, or set config.model.distilled=True"
+        )
+    found = weights.find(path, None)
+    model = dataclasses.replace(found.config, image_size=student.image_shape)
+    check_classes(found.config, student, found.where, may_replace=False)
+    return found.load(model, mesh)
+
+
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag()
     workdir = flags.DEFINE_string(
         "workdir", None, "Folder of the run; created if need be.", required=True
     )
-    cli.run(lambda: train(config(), pathlib.Path(workdir.value)))
+    dry_run = flags.DEFINE_bool("dry_run", False, "Check everything, take one step, and end.")
+    cli.run(lambda: train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError
 from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
+from spvit_jax.training import optimizer
+from spvit_jax.training.step import Recipe
 
 
 def load(name, arg=None):
@@ -105,6 +107,38 @@ def test_spvit_recipes(size, batch_size, lr, batch_size_384, ema_384, crop):
     assert (tuned.optim.lr, tuned.optim.min_lr, tuned.optim.weight_decay) == (5e-6, 5e-6, 1e-8)
     assert tuned.schedule.total == round(30 * 1_281_167 / batch_size_384)
     assert tuned.augment.eval_crop == crop
+
+
+RECIPES = [
+    *[("spvit", f"{size},{pixels}") for size in "sml" for pixels in (224, 384)],
+    *[("lvvit", f"{size},{pixels}") for size in "tsml" for pixels in (224, 384)],
+    *[("deit", arg) for arg in ("ti", "s", "b", "s,distilled=1", "b,1")],
+    *[("mait", size) for size in ("xt", "t", "xs", "s", "s_layerscale")],
+    *[("cait", size) for size in ("xxs24", "xxs36", "xs24", "s24", "s36", "m36", "m48")],
+    *[("swin", size) for size in "tsb"],
+]
+
+
+@pytest.mark.parametrize(("name", "arg"), RECIPES)
+def test_every_recipe_resolves_to_what_can_be_trained(name, arg):
+    """At ImageNet's size: its model, its augmentation, its optimizer, its learning rate."""
+    config = config_lib.resolve(load(name, arg), num_examples=1_281_167)
+    model = config_lib.model_settings(config, num_classes=1000)
+    assert config.model.name.startswith(f"{name}_{arg.partition(',')[0]}")
+    assert model.image_shape == ((384, 384) if "384" in arg else (224, 224))
+    assert Recipe.of(config, num_classes=1000).transform.rand_augment.std == 0.5
+    optimizer.make_optimizer(config)
+    rate = optimizer.make_schedule(config)
+    assert float(rate(config.schedule.warmup)) == pytest.approx(config.optim.lr)
+    epochs = config.schedule.total * config.data.batch_size / 1_281_167
+    expected = {"spvit": 310, "lvvit": 310, "deit": 300, "mait": 400, "cait": 400, "swin": 300}
+    assert epochs == pytest.approx(30 if "384" in arg else expected[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lvvit", "deit", "mait", "cait", "swin"])
+def test_a_size_that_a_recipe_has_not(name):
+    with pytest.raises(InputError, match="expected a size of"):
+        load(name, "xxl")
 
 
 @pytest.mark.parametrize("arg", ["x", "s,385", "s,image_size=384,384"])

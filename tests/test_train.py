@@ -38,3 +38,26 @@ def test_refused_before_the_first_step(changes, words, data_dir, tmp_path):
         train(config, workdir)
     assert words in str(error.value)
     assert not workdir.exists()
+
+
+def test_a_teacher_needs_a_token_that_learns_from_it(data_dir, tmp_path):
+    config = digits()
+    config.data.data_dir = data_dir
+    config.distill.teacher = str(tmp_path)
+    with pytest.raises(InputError, match="no distillation token to learn from it"):
+        train(config, tmp_path / "run")
+    config.model.distilled = True
+    with pytest.raises(InputError, match="neither a workdir nor a checkpoint"):
+        train(config, tmp_path / "run")
+
+
+def test_a_dry_run_takes_one_step_and_writes_nothing(data_dir, tmp_path, capfd):
+    config = digits("vit")
+    config.data.data_dir = data_dir
+    config.model.update({"depth": 1, "dim": 12})
+    config.augment.repeats = 3
+    assert train(config, tmp_path / "run", dry_run=True) is False
+    assert list(tmp_path.iterdir()) == []
+    shown = capfd.readouterr().err
+    for words in ('"total": 1600', "1,297 to train on", "dry run         from scratch, loss 2."):
+        assert words in shown

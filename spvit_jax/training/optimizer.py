@@ -1,13 +1,15 @@
-"""AdamW with decay by named rules, and the learning rate's schedule."""
+"""Optimizers with decay by named rules, and the learning rate's schedule and layers."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
+from spvit_jax.errors import InputError, nearest
 from spvit_jax.models.naming import map_named
 
 # (pattern, whether weight decay applies); the first that matches a parameter's name decides.
@@ -16,6 +18,9 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(bias|b1|b2|scale|gamma|position/table)$", False),
     (r"(^|/)(kernel|w1|w2)$", True),
 )
+
+# What stands above all blocks.
+_TOP = ("norm", "head", "dist_head", "dense_head")
 
 
 def decay_mask(params: Any) -> Any:
@@ -50,20 +55,80 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     return optax.join_schedules(parts, [schedule.warmup, schedule.warmup + cosine])
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv 1711.05101) as the configuration says, after clipping if that is on.
+def layer_scales(params: Any, decay: float) -> Any:
+    """Returns a pytree like `params` of factors of the learning rate: decay^(layers above).
 
-    Weight decay is multiplied by the learning rate, as in torch.
+    Embeddings are the lowest layer, then the blocks in order, then norm and heads with a factor
+    of 1 (layer-wise learning rate decay, as in BEiT, arXiv 2106.08254).
+
+    Args:
+      params: of a model.
+      decay: of each layer over the next.
     """
-    optim = config.optim
-    adamw = optax.adamw(
-        make_schedule(config),
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
-    )
+    blocks = _count(params, "blocks")
+    top = blocks + _count(params, "class_blocks") + 1
+
+    def scale(name: str, _: Any) -> float:
+        group, _, rest = name.partition("/")
+        number = rest.partition("/")[0]
+        if group == "blocks":
+            layer = int(number) + 1
+        elif group == "class_blocks":
+            layer = blocks + int(number) + 1
+        elif group == "merges":
+            layer = _block_behind(params, int(number)) + 1
+        else:
+            layer = top if group in _TOP else 0
+        return decay ** (top - layer)
+
+    return map_named(scale, params)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer that the configuration names, after clipping if that is on.
+
+    AdamW (arXiv 1711.05101) and LAMB (1904.00962) decay weights by the learning rate times
+    `weight_decay`, as in torch; SGD, with Nesterov's momentum `b1`, adds `weight_decay` times the
+    weights to the gradient, as in timm.
+
+    Raises:
+      InputError: there is no such optimizer.
+    """
+    optim, rate = config.optim, make_schedule(config)
+    adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
+    decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
+    makers = {
+        "adamw": lambda: optax.adamw(rate, **adam, **decay),
+        "lamb": lambda: optax.lamb(rate, **adam, **decay),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(**decay), optax.sgd(rate, momentum=optim.b1, nesterov=True)
+        ),
+    }
+    if optim.name not in makers:
+        raise InputError(f"unknown optim.name {optim.name!r}{nearest(optim.name, makers)}")
+    parts = [makers[optim.name]()]
     if optim.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
-    return adamw
+        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    if optim.layer_decay != 1:
+        parts.append(_scale_layers(optim.layer_decay))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
+
+
+def _scale_layers(decay: float) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any) -> Any:
+        scales = layer_scales(params, decay)
+        return jax.tree.map(lambda update, scale: update * scale, updates, scales)
+
+    return optax.stateless(update)
+
+
+def _count(params: Any, group: str) -> int:
+    """Returns the number of blocks in a group of blocks."""
+    return len(params[group]) if group in params else 0
+
+
+def _block_behind(params: Any, merge: int) -> int:
+    """Returns the first block of the stage that one of Swin's mergings opens."""
+    channels = params["merges"][merge]["reduction"]["kernel"].shape[1]
+    blocks = params["blocks"]
+    return min(i for i in blocks if blocks[i]["norm1"]["scale"].shape[0] == channels)

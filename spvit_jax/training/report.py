@@ -39,7 +39,7 @@ class _Screen(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def start_logging(workdir: pathlib.Path) -> None:
+def start_logging(workdir: pathlib.Path | None) -> None:
     """Sends this project's log lines to the standard error and to `train.log` in the workdir.
 
     On a terminal the progress bar stands for the line per interval (level DEBUG).
@@ -52,7 +52,10 @@ def start_logging(workdir: pathlib.Path) -> None:
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     screen = _Screen()
     screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    for handler in (screen, logging.FileHandler(workdir / "train.log")):
+    handlers: list[logging.Handler] = [screen]
+    if workdir is not None:
+        handlers.append(logging.FileHandler(workdir / "train.log"))
+    for handler in handlers:
         handler.setFormatter(form)
         log.addHandler(handler)
 

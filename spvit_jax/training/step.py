@@ -52,6 +52,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     rng: jax.Array,
+    teacher: Variables | None = None,
     *,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
@@ -62,14 +63,19 @@ def train_step(
       state: before the step; donated when jitted.
       batch: `image` uint8 [B, h, w, 3] and `label` int32 [B].
       rng: the run's root key, the same at every step.
+      teacher: a model whose predictions a distillation token learns, or None.
       optimizer: as made by `make_optimizer`.
       recipe: static settings.
 
     Returns:
       The state after the step, with the step's metrics added to its sums.
     """
-    targets = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
-    images, targets = recipe.transform(batch["image"], targets, key_for(rng, "mix", state.step))
+    labels = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
+    images, labels = recipe.transform(batch["image"], labels, key_for(rng, "mix", state.step))
+    targets = losses.Targets(labels)
+    if teacher is not None:
+        logits = teacher.model().outputs(images).evaluation_logits()
+        targets = targets.replace(distilled=losses.hard_labels(logits))
     grads, stats, metrics = _gradients(
         state.model, images, targets, key_for(rng, "drop_path", state.step), recipe
     )
@@ -113,7 +119,7 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
 
 
 def _gradients(
-    model: Variables, images: jax.Array, targets: jax.Array, key: jax.Array, recipe: Recipe
+    model: Variables, images: jax.Array, targets: losses.Targets, key: jax.Array, recipe: Recipe
 ) -> tuple[nnx.State, nnx.State, Metrics]:
     """Returns the mean gradient over the batch, BatchNorm's new statistics, and metrics.
 
@@ -122,12 +128,16 @@ def _gradients(
     """
 
     def loss_fn(
-        params: nnx.State, stats: nnx.State, images: jax.Array, targets: jax.Array, key: jax.Array
+        params: nnx.State,
+        stats: nnx.State,
+        images: jax.Array,
+        targets: losses.Targets,
+        key: jax.Array,
     ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
         module = model.replace(params=params, stats=stats).model(train=True)
         outputs = module.outputs(images, key)
         loss = losses.classification_loss(outputs, targets, recipe.dense_weight)
-        correct = outputs.evaluation_logits().argmax(-1) == targets.argmax(-1)
+        correct = outputs.evaluation_logits().argmax(-1) == targets.label.argmax(-1)
         return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())
 
     def accumulate(carry: Any, micro: Any) -> tuple[Any, None]:
@@ -146,7 +156,8 @@ def _gradients(
     if parts == 1:
         carry, _ = accumulate(carry, (images, targets, 0))
     else:
-        micro = (_micro_batches(images, parts), _micro_batches(targets, parts), jnp.arange(parts))
+        cut = jax.tree.map(lambda x: _micro_batches(x, parts), (images, targets))
+        micro = (*cut, jnp.arange(parts))
         carry, _ = jax.lax.scan(accumulate, carry, micro)
     grads, stats, loss, correct = carry
     grads = jax.tree.map(lambda grad: grad / parts, grads)

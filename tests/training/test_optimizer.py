@@ -1,10 +1,13 @@
 """Which parameters decay, AdamW against NumPy, and the schedule at its corners."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from spvit_jax import config as config_lib
+from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import optimizer
 from tests.models.weights import random_variables
@@ -77,3 +80,99 @@ def test_adamw_is_torchs(clip):
             params[k] = params[k] - float(rate(step)) * (m / (np.sqrt(v) + 1e-8) + decay)
     for k in params:
         np.testing.assert_allclose(ours[k], params[k], rtol=1e-5, atol=1e-7)
+
+
+def take_steps(tx, params, gradients):
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+    for grads in gradients:
+        updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def random_arrays(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": rng.normal(size=(3, 2)).astype(np.float32),
+        "bias": rng.normal(size=2).astype(np.float32),
+    }
+
+
+def test_sgd_is_torchs():
+    config = resolved(name="sgd", weight_decay=0.1)
+    gradients = [random_arrays(seed) for seed in range(1, 5)]
+    ours = take_steps(optimizer.make_optimizer(config), random_arrays(0), gradients)
+    rate = optimizer.make_schedule(config)
+    theirs = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in random_arrays(0).items()}
+    groups = [
+        {"params": [theirs["kernel"]], "weight_decay": 0.1},
+        {"params": [theirs["bias"]], "weight_decay": 0.0},
+    ]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for step, grads in enumerate(gradients):
+        for group in sgd.param_groups:
+            group["lr"] = float(rate(step))
+        for name, grad in grads.items():
+            theirs[name].grad = torch.from_numpy(grad)
+        sgd.step()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value.detach().numpy(), rtol=1e-5)
+
+
+def test_lamb_moves_a_matrix_by_its_share():
+    """By the learning rate times its own norm, whatever the gradient's size."""
+    config = resolved(name="lamb", weight_decay=0.0, warmup_lr=1e-2)
+    params = random_arrays(0)
+    for size in (1e-3, 1.0, 1e3):
+        grads = {name: size * value for name, value in random_arrays(1).items()}
+        moved = take_steps(optimizer.make_optimizer(config), params, [grads])
+        step = np.linalg.norm(moved["kernel"] - params["kernel"])
+        assert step == pytest.approx(1e-2 * np.linalg.norm(params["kernel"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (
+            "spvit_s",
+            {"depth": 3, "spatial_layers": 2},
+            {"patch_embed/conv1/kernel": 4, "pos_embed": 4, "cls_token": 4}
+            | {"blocks/0/attn/prior/w1": 3, "blocks/2/mlp/fc1/bias": 1}
+            | {"norm/scale": 0, "head/kernel": 0, "dense_head/bias": 0},
+        ),
+        (
+            "cait_xxs24",
+            {"depth": 3},
+            {"pos_embed": 6, "blocks/2/attn/qkv/kernel": 3, "class_blocks/0/attn/q/kernel": 2}
+            | {"class_blocks/1/mlp/fc2/bias": 1, "head/kernel": 0},
+        ),
+        (
+            "swin_t",
+            {"depths": (2, 1, 1)},
+            {"patch_norm/scale": 5, "blocks/1/norm1/scale": 3, "merges/0/reduction/kernel": 2}
+            | {"blocks/2/norm1/scale": 2, "merges/1/norm/bias": 1, "norm/bias": 0},
+        ),
+    ],
+)
+def test_layers_have_rates_that_decay_downwards(name, settings, expected):
+    small = {"image_size": 64, "dim": 12, "num_heads": 3}
+    params = random_variables(name, **small, **settings).params
+    scales = named_leaves(optimizer.layer_scales(params, 0.5))
+    assert scales.keys() == named_leaves(params).keys()
+    assert {leaf: scales[leaf] for leaf in expected} == {k: 0.5**v for k, v in expected.items()}
+
+    config = resolved(layer_decay=0.5, weight_decay=0.1, warmup_lr=1e-2)
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain = optimizer.make_optimizer(resolved(weight_decay=0.1, warmup_lr=1e-2))
+    updates = [
+        named_leaves(tx.update(grads, tx.init(params), params)[0])
+        for tx in (optimizer.make_optimizer(config), plain)
+    ]
+    for leaf, layers in expected.items():
+        np.testing.assert_allclose(updates[0][leaf], 0.5**layers * updates[1][leaf], rtol=1e-6)
+
+
+def test_an_optimizer_that_there_is_not():
+    with pytest.raises(InputError, match=r"unknown optim\.name 'adam'; did you mean 'adamw'"):
+        optimizer.make_optimizer(resolved(name="adam"))

@@ -14,7 +14,7 @@ from spvit_jax.data.randaugment import RandAugment
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding, step
 from spvit_jax.training import state as state_lib
-from spvit_jax.training.losses import classification_loss, smooth_labels
+from spvit_jax.training.losses import Targets, classification_loss, hard_labels, smooth_labels
 from tests.models.weights import random_variables
 
 SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "num_heads": 2}
@@ -34,6 +34,7 @@ def make_batch(size=16):
 FAMILIES = {
     "spvit_s": {"depth": 2, "stem_width": 8, "spatial_layers": 1, "drop_path": 0.3},
     "mait_t": {"depth": 2},
+    "deit_ti": {"depth": 2, "drop_path": 0.0},
     "cait_xxs24": {"depth": 2, "layer_scale": 0.1, "drop_path": 0.3, "masked_heads": ((2, 1),)},
     "swin_t": {"depths": (2, 1), "window": 3, "drop_path": 0.3, "masked_heads": ((3, 1),)},
 }
@@ -177,5 +178,35 @@ def test_loss_of_each_head():
 
     expected = (cross_entropy(logits, targets) + cross_entropy(distilled, targets)) / 2
     expected += 0.7 * cross_entropy(dense, targets[:, None])
-    loss = classification_loss(Outputs(logits, distilled, dense), targets, dense_weight=0.7)
+    outputs = Outputs(logits, distilled, dense)
+    loss = classification_loss(outputs, Targets(targets), dense_weight=0.7)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+    teacher = hard_labels(jnp.asarray(rng.normal(size=(4, 10))))
+    assert (teacher.sum(1) == 1).all()
+    expected += (cross_entropy(distilled, teacher) - cross_entropy(distilled, targets)) / 2
+    loss = classification_loss(outputs, Targets(targets, teacher), dense_weight=0.7)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_distillation_token_learns_what_the_teacher_says(accumulate):
+    student = make_state("deit_ti", distilled=True)
+    teacher = random_variables("deit_ti", **SMALL, depth=1, num_classes=10, seed=5)
+    recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
+    batch = make_batch()
+    state = jitted(recipe)(student, batch, ROOT, teacher)
+    images = TRANSFORM.normalize(batch["image"])
+
+    @jax.jit
+    def expected(student, teacher):
+        outputs = student.model(train=True).outputs(images)
+        labels = smooth_labels(jnp.asarray(batch["label"]), 10, 0.1)
+        return classification_loss(
+            outputs, Targets(labels, hard_labels(teacher.model()(images))), 1
+        )
+
+    total, count = state.metrics["loss"]
+    assert float(total / count) == pytest.approx(float(expected(student.model, teacher)), rel=1e-4)
+    without = jitted(recipe)(student, batch, ROOT)
+    assert float(without.metrics["loss"][0]) != pytest.approx(float(total), rel=1e-2)

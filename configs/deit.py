@@ -1,0 +1,38 @@
+"""DeiT on ImageNet-1K, with and without distillation (arXiv 2012.12877).
+
+    python -m spvit_jax.train --config=configs/deit.py:s --workdir=runs/deit_s
+    python -m spvit_jax.train --config=configs/deit.py:s,distilled=1 --workdir=runs/distilled \
+        --config.distill.teacher=weights/teacher
+
+Arguments: `size` (ti, s, b) and `distilled` (0, 1), in this order or by name. The authors trained
+on 4 to 8 GPUs of 16 GB or more. The paper's top-1: ti 72.2, s 79.9, b 81.8; distilled from a
+RegNetY-16GF 74.5, 81.2, 83.4. The teacher is hard: its most probable class is the label of the
+distillation token. It may be any checkpoint of this project, or a file that says what model it is.
+"""
+
+from ml_collections import ConfigDict
+
+from spvit_jax import config as config_lib
+from spvit_jax.errors import InputError
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration for `arg`, such as "s" or "s,distilled=1"."""
+    args = config_lib.parse_arg(arg, size="s", distilled=0)
+    if args.size not in ("ti", "s", "b") or args.distilled not in (0, 1):
+        raise InputError(f"config argument {arg!r}: expected a size of ti, s or b, and distilled=1")
+
+    config = config_lib.base()
+    config.model.name = f"deit_{args.size}" + ("_distilled" if args.distilled else "")
+
+    config.augment.repeats = 3
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
+
+    config.data.batch_size = 1024
+    config.optim.lr = 1e-3
+    config.schedule.total = "300 epochs"
+    config.schedule.warmup = "5 epochs"
+    return config
