@@ -5,13 +5,16 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
+
+T = TypeVar("T")
+Getter = Callable[[], T]  # of a flag's value, once flags are parsed
 
 
 def run(main: Callable[[], object]) -> None:
@@ -23,9 +26,9 @@ def run(main: Callable[[], object]) -> None:
                 raise InputError(f"unexpected argument {argv[1]!r}; flags are --name=value")
             main()
         except InputError as error:
-            _fail(error)
+            fail(error)
         except FloatingPointError as error:
-            _fail(error, code=1)
+            fail(error, code=1)
 
     # Orbax warns of its own defaults at every turn; what goes wrong it raises.
     logging.set_verbosity(logging.ERROR)
@@ -38,7 +41,7 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (flags.Error, InputError) as error:
         # ml_collections wraps what a config raised in a traceback; its last line is the message.
-        _fail(str(error).strip().rpartition("InputError: ")[2])
+        fail(str(error).strip().rpartition("InputError: ")[2])
 
 
 def _check_config_flags(argv: list[str]) -> None:
@@ -55,12 +58,13 @@ def _check_config_flags(argv: list[str]) -> None:
             raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
 
 
-def _fail(error: object, code: int = 2) -> NoReturn:
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Prints an error in one line and ends the program."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
 
 
-def config_flag(*, required: bool = True) -> Callable[[], ConfigDict]:
+def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     """Defines --config and returns a function that gives its value after parsing."""
     holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
     if required:

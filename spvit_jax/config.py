@@ -102,8 +102,14 @@ def base() -> ConfigDict:
     augment.cutmix = 0.0  # α of CutMix; 0 is off
     augment.mix_probability = 1.0  # of mixing a batch at all
     augment.switch_probability = 0.5  # of CutMix rather than MixUp where both are on
+    augment.mix_token = False  # paste a box of another image's patches behind the stem
+    augment.mix_group_size = 128  # images that share such a box
     augment.eval_crop = placeholder(float)  # side kept by evaluation's crop; None: the model's
     augment.eval_interpolation = placeholder(str)  # for evaluation; None: the model's
+
+    config.token_labels = token_labels = ConfigDict()
+    token_labels.path = placeholder(str)  # label maps of the train split; None: the image's label
+    token_labels.official_axes = False  # take x for y where the authors' code does
 
     config.loss = loss = ConfigDict()
     loss.label_smoothing = 0.1  # share of the target spread over all classes

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 
 from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
-from spvit_jax.data import datasets, pipeline
+from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
@@ -50,6 +51,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     # ── Data: what there is ──────────────────────────────────────────────────────────────────────
     train_source = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
     eval_source = datasets.load(config.data.dataset, config.data.eval_split, config.data.data_dir)
+    label_maps = _open_label_maps(config, train_source)
     if config.data.train_size is not None:
         train_source = datasets.balanced_subset(
             train_source, config.data.train_size, seed=config.seed
@@ -58,11 +60,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     # ── Configuration: durations become steps, and everything is checked ─────────────────────────
     config = config_lib.resolve(config, num_examples=len(train_source))
     model_config = config_lib.model_settings(config, num_classes=train_source.num_classes)
-    recipe = Recipe.of(config, num_classes=train_source.num_classes)
+    recipe = Recipe.of(
+        config,
+        num_classes=train_source.num_classes,
+        grid=None if label_maps is None else model_config.grid,
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
+    mix.check_group_size(batch_size // recipe.accumulate, recipe.mix_token)
     share = pipeline.Share(jax.process_index(), jax.process_count())
     protocol = config_lib.evaluation_of(config, model_config.image_shape)
     in_use = checkpoint.exists(workdir)
@@ -106,6 +113,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         batch_size=batch_size,
         seed=config.seed,
         repeats=config.augment.repeats,
+        label_maps=label_maps,
         share=share,
         threads=config.data.threads,
     )
@@ -196,6 +204,20 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         else:
             log.info("complete        at step %d, in %s", step, workdir)
     return step == total_steps
+
+
+def _open_label_maps(config: ConfigDict, source: datasets.Source) -> LabelMaps | None:
+    """Opens the token labels that the configuration names, if it does."""
+    if not config.token_labels.path:
+        return None
+    if config.augment.mixup or config.augment.cutmix:
+        raise InputError(
+            "token labels follow crops and not MixUp or CutMix; set config.augment.mixup=0 and "
+            "config.augment.cutmix=0, and augment.mix_token for MixToken"
+        )
+    label_maps = LabelMaps(pathlib.Path(config.token_labels.path))
+    label_maps.check(len(source), source.num_classes)
+    return label_maps
 
 
 def _load_teacher(path: pathlib.Path, student: ModelConfig, mesh: Mesh) -> state_lib.Variables:

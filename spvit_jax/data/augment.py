@@ -52,9 +52,20 @@ class TrainTransform:
 
     def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image and a seed int64 [2] to uint8 [height, width, 3]."""
+        return self.with_box(encoded, seed)[0]
+
+    def with_box(
+        self, encoded: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Says also what part of the image it is.
+
+        Returns:
+          The image uint8 [height, width, 3]; the crop's box float32 [4], (y0, x0, y1, x1) as
+          shares of the image's height and width; and bool [], whether it was flipped.
+        """
         seeds = tf.random.experimental.stateless_split(seed, 3)
         crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
-        image = _decode_crop(
+        image, box = _decode_crop(
             encoded, lambda shape: random_crop_box(shape, crop_seed, self.scale, self.ratio)
         )
         if self.interpolation == "random":
@@ -66,7 +77,7 @@ class TrainTransform:
         else:
             image = _resize(image, self.size, self.interpolation)
         flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
-        return tf.where(flipped, image[:, ::-1], image)
+        return tf.where(flipped, image[:, ::-1], image), box, flipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +105,21 @@ class EvalTransform:
         image = _resize(image, resized, self.interpolation)
         top, left = tf.unstack((resized - self.size) // 2)
         return tf.image.crop_to_bounding_box(image, top, left, *self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTransform:
+    """How a teacher sees an image: all of it, whatever that does to its proportions.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+    """
+
+    size: tuple[int, int]
+
+    def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image to uint8 [height, width, 3]."""
+        return _resize(_decode(encoded), self.size, "bicubic")
 
 
 def random_crop_box(
@@ -151,20 +177,34 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_crop(
-    encoded: tf.Tensor, draw_box: Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
-) -> tf.Tensor:
-    """Decodes the part of an image in a box (top, left, height, width) that `draw_box` returns.
+    encoded: tf.Tensor, draw_box: Callable[[tf.Tensor], Box]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes a part of an image; of a JPEG, nothing else is decoded.
 
-    `draw_box` takes the image's (height, width); of a JPEG, nothing outside the box is decoded.
+    Args:
+      encoded: of any format.
+      draw_box: from the image's (height, width) int32 [2] to the part.
+
+    Returns:
+      The part uint8 [height, width, 3]; and where it lies, (y0, x0, y1, x1) float32 [4] as shares
+      of the image's height and width.
     """
 
-    def jpeg() -> tf.Tensor:
-        box = tf.stack(draw_box(tf.io.extract_jpeg_shape(encoded)[:2]))
-        return tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_EXACT)
+    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
+        shape = tf.io.extract_jpeg_shape(encoded)[:2]
+        box = tf.stack(draw_box(shape))
+        image = tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_EXACT)
+        return image, share(box, shape)
 
-    def other() -> tf.Tensor:
+    def other() -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        return tf.image.crop_to_bounding_box(image, *draw_box(tf.shape(image)[:2]))
+        shape = tf.shape(image)[:2]
+        box = tf.stack(draw_box(shape))
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(box)), share(box, shape)
+
+    def share(box: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
+        corners = tf.concat([box[:2], box[:2] + box[2:]], 0)
+        return tf.cast(corners / tf.concat([shape, shape], 0), tf.float32)
 
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 

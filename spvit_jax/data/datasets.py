@@ -32,6 +32,18 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the places [n] of examples [n] in the whole split, as label maps count them."""
+        ...
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        """Returns the names of the files that examples [n] were made of.
+
+        Raises:
+          InputError: they are not known.
+        """
+        ...
+
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         """Returns the encoded images and the labels [n] int32 of examples [n]; thread safe."""
         ...
@@ -80,6 +92,15 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        records = self._records.__getitems__(indices.tolist())
+        if "file_name" not in records[0]:
+            raise InputError("the data set does not say from which files its images are")
+        return [record["file_name"].decode() for record in records]
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         records = self._records.__getitems__(indices.tolist())
@@ -147,6 +168,12 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        return [self._files[index][0].name for index in indices.tolist()]
+
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         files = [self._files[index] for index in indices.tolist()]
         labels = np.array([label for _, label in files], np.int32)
@@ -163,6 +190,12 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return self._source.places(self._indices[indices])
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        return self._source.file_names(self._indices[indices])
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         return self._source.fetch(self._indices[indices])

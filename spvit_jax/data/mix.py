@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from spvit_jax.data.randaugment import RandAugment, color_jitter, three_augment
+from spvit_jax.errors import InputError
 
 _ERASE_ATTEMPTS = 10  # timm's
 _ERASED_AREA = (0.02, 1 / 3)  # share of the image
@@ -38,6 +39,7 @@ class BatchTransform:
       cutmix: α of CutMix.
       mix_probability: of mixing a batch at all.
       switch_probability: of CutMix rather than MixUp where both are on.
+      official_axes: whether token labels take x for y where SP-ViT's authors' code does.
     """
 
     mean: tuple[float, ...]
@@ -50,6 +52,7 @@ class BatchTransform:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     switch_probability: float = 0.5
+    official_axes: bool = False
 
     @classmethod
     def of(cls, config: ConfigDict) -> Self:
@@ -67,11 +70,12 @@ class BatchTransform:
             cutmix=augment.cutmix,
             mix_probability=augment.mix_probability,
             switch_probability=augment.switch_probability,
+            official_axes=config.token_labels.official_axes,
         )
 
     def __call__(
         self, images: jax.Array, targets: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Augments a batch.
 
         Args:
@@ -80,13 +84,15 @@ class BatchTransform:
           key: a random key.
 
         Returns:
-          Normalised images float32 [B, h, w, 3], and targets [B, C].
+          Normalised images float32 [B, h, w, 3]; targets [B, C]; and where RandAugment has moved
+          the pixels, as `token_labels.align` takes it, or None.
         """
         augment_key, erase_key, mix_key = jax.random.split(key, 3)
-        images = self.normalize(self._augment(images, augment_key))
+        images, moves = self._augment(images, augment_key)
+        images = self.normalize(images)
         if self.erase:
             images = erase(images, jax.random.split(erase_key, len(images)), self.erase)
-        return mix(
+        images, targets = mix(
             images,
             targets,
             mix_key,
@@ -95,15 +101,17 @@ class BatchTransform:
             probability=self.mix_probability,
             switch_probability=self.switch_probability,
         )
+        return images, targets, moves
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Maps images from 0 to 255 to normalised ones, float32; all that evaluation does."""
         return normalize(images, self.mean, self.std)
 
-    def _augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
+    def _augment(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Changes pixels that are still whole numbers from 0 to 255."""
+        moves = None
         if not (self.rand_augment or self.three_augment or self.color_jitter):
-            return images
+            return images, moves
         images = images.astype(jnp.float32)
         three_key, jitter_key, policy_key = (
             jax.random.split(key, len(images)) for key in jax.random.split(key, 3)
@@ -114,8 +122,12 @@ class BatchTransform:
             images = color_jitter(images, jitter_key, self.color_jitter)
         if self.rand_augment is not None:
             fill = jnp.round(255 * jnp.array(self.mean))
-            images, _ = self.rand_augment(images, policy_key, fill)
-        return images
+            images, matrices = self.rand_augment(
+                images, policy_key, fill, official_axes=self.official_axes
+            )
+            size = jnp.array([images.shape[2], images.shape[1], 1])
+            moves = matrices * size / size[:, None]  # from pixels to shares of the image
+        return images, moves
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -209,6 +221,44 @@ def mix(
         jnp.where(use_either, mixed, images),
         jnp.where(use_either, mixed_targets, targets),
     )
+
+
+def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """Pastes a box of another image's patches into each (MixToken, arXiv 2104.10858).
+
+    Args:
+      patches: [B, h, w, D], as the stem returns them.
+      key: a random key.
+      group_size: images that share a box and are paired with each other in reverse order, or B
+        where there are fewer.
+
+    Returns:
+      The mixed patches; and bool [B, h, w], where they are the other image's.
+    """
+    groups = max(len(patches) // group_size, 1)
+    share_key, box_key = jax.random.split(key)
+    keep = jax.random.uniform(share_key, (groups,))
+    grid = patches.shape[1], patches.shape[2]
+    boxes = jax.vmap(lambda key, keep: random_box(key, grid, keep))(
+        jax.random.split(box_key, groups), keep
+    )
+    boxes = jnp.repeat(boxes, len(patches) // groups, axis=0)
+    return jnp.where(boxes[..., None], partners(patches, group_size), patches), boxes
+
+
+def check_group_size(batch_size: int, group_size: int) -> None:
+    """Raises an `InputError` if a (micro-)batch cannot be cut into groups for MixToken."""
+    if group_size and batch_size > group_size and batch_size % group_size:
+        raise InputError(
+            f"augment.mix_group_size is {group_size}, which does not divide the {batch_size} "
+            "images of a batch (or of a micro-batch); choose one that does"
+        )
+
+
+def partners(x: jax.Array, group_size: int) -> jax.Array:
+    """Returns for each of [B, ...] the one that MixToken pairs it with: groups reversed."""
+    groups = max(len(x) // group_size, 1)
+    return x.reshape(groups, -1, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def random_box(key: jax.Array, shape: tuple[int, int], keep: jax.Array) -> jax.Array:

@@ -14,12 +14,14 @@ from typing import Self
 
 import numpy as np
 
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.augment import EvalTransform, TrainTransform, WholeTransform
 from spvit_jax.data.datasets import Source
 from spvit_jax.data.tensorflow import tf
+from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, tf.Tensor]  # as it was fetched: `encoded`, `label`, and perhaps `label_map`
 
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
@@ -80,6 +82,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     repeats: int = 1,
+    label_maps: LabelMaps | None = None,
     share: Share = Share(),
     threads: int | None = None,
 ) -> BatchIterator:
@@ -94,33 +97,41 @@ def train_batches(
       repeats: how often an example occurs in a row, each time augmented anew (repeated
         augmentation, arXiv 1902.05509); the stream then takes so many times longer to go through
         all examples.
+      label_maps: of the whole split, to go with the images.
       share: which part of each batch this process reads.
       threads: for decoding; None for one per core. The batches do not depend on it.
 
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
-      example's number in the source.
+      example's number in the source. With label maps also `label_map` float16 [b, 2, K, h, w],
+      and what part of the image the crop is: `box` float32 [b, 4] and `flip` bool [b], as
+      `TrainTransform.with_box` returns them.
 
     Raises:
       InputError: the batch size is not a multiple of the number of processes.
     """
     local = share.of(batch_size)
 
-    def make(encoded: tf.Tensor, label: tf.Tensor, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
-        image = transform(encoded, tf.stack([tf.constant(seed, tf.int64), ordinal]))
-        return {"image": image, "label": label, "index": index}
+    def make(example: Example, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
+        image, box, flip = transform.with_box(
+            example["encoded"], tf.stack([tf.constant(seed, tf.int64), ordinal])
+        )
+        made = {"image": image, "label": example["label"], "index": index}
+        if label_maps is not None:
+            made |= {"label_map": example["label_map"], "box": box, "flip": flip}
+        return made
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = share.ordinals(step, batch_size)
         return shuffled_index(ordinal // repeats, len(source), seed), ordinal
 
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-    return BatchIterator(_read(source, steps.map(locate), make, local, threads))
+    return BatchIterator(_read(source, label_maps, steps.map(locate), make, local, threads))
 
 
 def eval_batches(
     source: Source,
-    transform: EvalTransform,
+    transform: EvalTransform | WholeTransform,
     *,
     batch_size: int,
     share: Share = Share(),
@@ -144,16 +155,17 @@ def eval_batches(
     """
     local, total = share.of(batch_size), len(source)
 
-    def make(encoded: tf.Tensor, label: tf.Tensor, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
+    def make(example: Example, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
         mask = tf.cast(ordinal < total, tf.float32)
-        return {"image": transform(encoded), "label": label, "index": index, "mask": mask}
+        image = transform(example["encoded"])
+        return {"image": image, "label": example["label"], "index": index, "mask": mask}
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = share.ordinals(step, batch_size)
         return tf.minimum(ordinal, total - 1), ordinal
 
     steps = tf.data.Dataset.range(-(-total // batch_size))
-    return BatchIterator(_read(source, steps.map(locate), make, local, threads))
+    return BatchIterator(_read(source, None, steps.map(locate), make, local, threads))
 
 
 def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
@@ -175,25 +187,34 @@ def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
 
 def _read(
     source: Source,
+    label_maps: LabelMaps | None,
     located: tf.data.Dataset,
-    make: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], dict],
+    make: Callable[[Example, tf.Tensor, tf.Tensor], dict],
     batch_size: int,
     threads: int | None,
 ) -> tf.data.Dataset:
     """Reads the examples at (indices [b], ordinals [b]) and makes a batch of each such pair."""
 
-    def fetch(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = source.fetch(indices)
-        return np.array(images, object), labels
+    # Name, dtype and shape of what is fetched for each example.
+    fields = [("encoded", tf.string, ()), ("label", tf.int32, ())]
+    if label_maps is not None:
+        fields.append(("label_map", tf.float16, (2, *label_maps.shape)))
 
-    def read(indices: tf.Tensor, ordinal: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        encoded, label = tf.numpy_function(fetch, [indices], [tf.string, tf.int32], stateful=False)
-        return (
-            tf.ensure_shape(encoded, [batch_size]),
-            tf.ensure_shape(label, [batch_size]),
-            indices,
-            ordinal,
-        )
+    def fetch(indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        images, labels = source.fetch(indices)
+        fetched = np.array(images, object), labels
+        if label_maps is None:
+            return fetched
+        return *fetched, label_maps.fetch(source.places(indices), labels)
+
+    def read(indices: tf.Tensor, ordinal: tf.Tensor) -> tuple[Example, tf.Tensor, tf.Tensor]:
+        dtypes = [dtype for _, dtype, _ in fields]
+        fetched = tf.numpy_function(fetch, [indices], dtypes, stateful=False)
+        example = {
+            name: tf.ensure_shape(value, [batch_size, *shape])
+            for (name, _, shape), value in zip(fields, fetched, strict=True)
+        }
+        return example, indices, ordinal
 
     parallel = threads or os.cpu_count() or 1
     examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()

@@ -38,6 +38,7 @@ POINTWISE = (
 )
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 OPERATIONS = POINTWISE + GEOMETRIC
+_SWAP = jnp.array([1, 0, 2])  # x for y
 
 
 class Draw(NamedTuple):
@@ -89,7 +90,7 @@ class RandAugment:
         return cls(fields["m"], fields["mstd"], int(fields["n"]), fields["p"])
 
     def __call__(
-        self, images: jax.Array, keys: jax.Array, fill: jax.Array
+        self, images: jax.Array, keys: jax.Array, fill: jax.Array, *, official_axes: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Augments a batch.
 
@@ -97,14 +98,16 @@ class RandAugment:
           images: float32 [B, h, w, 3], whole numbers from 0 to 255.
           keys: random keys [B].
           fill: [3], the colour of what a warp uncovers.
+          official_axes: whether the affine maps shear and move along the other axis than the
+            images, as those of label maps do in SP-ViT's authors' code.
 
         Returns:
           The images, and for each the affine map [B, 3, 3] from its pixels to the original's.
         """
-        return jax.vmap(lambda image, key: self._one(image, key, fill))(images, keys)
+        return jax.vmap(lambda image, key: self._one(image, key, fill, official_axes))(images, keys)
 
     def _one(
-        self, image: jax.Array, key: jax.Array, fill: jax.Array
+        self, image: jax.Array, key: jax.Array, fill: jax.Array, official_axes: bool
     ) -> tuple[jax.Array, jax.Array]:
         total = jnp.eye(3)
         for layer in range(self.layers):
@@ -113,6 +116,9 @@ class RandAugment:
                 image, draw.operation, draw.level, draw.sign, fill, bicubic=draw.bicubic
             )
             image = jnp.where(draw.active, changed, image)
+            if official_axes:
+                is_turned = draw.operation == OPERATIONS.index("Rotate")
+                matrix = jnp.where(is_turned, matrix, matrix[_SWAP][:, _SWAP])
             total = jnp.where(draw.active, total @ matrix, total)
         return image, total
 

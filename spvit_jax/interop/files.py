@@ -76,6 +76,18 @@ def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
     return {name.removeprefix("module."): _as_array(value) for name, value in state_dict.items()}
 
 
+def read_array(path: pathlib.Path) -> np.ndarray:
+    """Reads a `.pt` file that holds a single tensor.
+
+    Raises:
+      InputError: it cannot be read, or holds something else.
+    """
+    content = _unpickle(path)
+    if not _torch().is_tensor(content):
+        raise InputError(f"{path} holds {type(content).__name__}; expected a tensor")
+    return content.numpy()
+
+
 def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
     """Writes a state dict; a `.pth` file holds it under `state_dict`.
 
@@ -123,12 +135,19 @@ def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, dict[str, Any] | N
 
 
 def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
+    content = _unpickle(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
+    return content
+
+
+def _unpickle(path: pathlib.Path) -> Any:
     torch = _torch()
     try:
         # The authors saved their command line beside the weights; it is data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
         if match := _REFUSED.search(str(error)):
             raise InputError(
@@ -138,9 +157,6 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is damaged or not a file of PyTorch weights; nothing in it was run"
         ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
-    return content
 
 
 def _choose(content: dict[str, Any], path: pathlib.Path, *, ema: bool) -> StateDict:

@@ -16,10 +16,12 @@ class Targets(struct.PyTreeNode):
     Attributes:
       label: [B, C], of the image.
       distilled: [B, C], of the distillation token; None for the image's label.
+      dense: [B, N, C], of each patch token; None for the image's label.
     """
 
     label: jax.Array
     distilled: jax.Array | None = None
+    dense: jax.Array | None = None
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -39,7 +41,7 @@ def classification_loss(outputs: Outputs, targets: Targets, dense_weight: float)
       outputs: of the model in train mode.
       targets: for each of them.
       dense_weight: of the dense head's loss (LV-ViT, arXiv 2104.10858), the mean over batch and
-        tokens, where there is such a head; each token's target is the image's.
+        tokens, where there is such a head.
 
     A distillation head weighs as much as the class token's.
     """
@@ -48,6 +50,7 @@ def classification_loss(outputs: Outputs, targets: Targets, dense_weight: float)
         distilled = targets.label if targets.distilled is None else targets.distilled
         loss = (loss + optax.softmax_cross_entropy(outputs.distilled, distilled).mean()) / 2
     if outputs.dense is not None:
-        dense = optax.softmax_cross_entropy(outputs.dense, targets.label[:, None, :])
+        labels = targets.label[:, None] if targets.dense is None else targets.dense
+        dense = optax.softmax_cross_entropy(outputs.dense, labels)
         loss = loss + dense_weight * dense.mean()
     return jnp.asarray(loss, jnp.float32)

@@ -12,7 +12,11 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from spvit_jax.data import mix
 from spvit_jax.data.mix import BatchTransform
+from spvit_jax.data.token_labels.align import align
+from spvit_jax.models import Model, Outputs
+from spvit_jax.models.spatial import Grid
 from spvit_jax.training import losses
 from spvit_jax.training.state import METRICS, Metrics, TrainState, Variables
 
@@ -21,23 +25,38 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the step needs to know of the configuration; static."""
+    """What the step needs to know of the configuration; static.
+
+    Attributes:
+      num_classes: C.
+      transform: of a batch.
+      label_smoothing: share of a target that is spread over all classes.
+      dense_weight: of the loss of a dense head.
+      grid: of the tokens to which label maps are aligned; None without label maps.
+      mix_token: images that share a box of MixToken; 0 is off.
+      accumulate: micro-batches per step.
+      ema: decay of the moving average; 0 is off.
+    """
 
     num_classes: int
     transform: BatchTransform
     label_smoothing: float = 0.0
     dense_weight: float = 1.0
+    grid: Grid | None = None
+    mix_token: int = 0
     accumulate: int = 1
     ema: float = 0.0
 
     @classmethod
-    def of(cls, config: ConfigDict, num_classes: int) -> Recipe:
-        """Takes the recipe out of a configuration."""
+    def of(cls, config: ConfigDict, num_classes: int, grid: Grid | None = None) -> Recipe:
+        """Takes the recipe out of a configuration; `grid` is of the model's tokens."""
         return cls(
             num_classes=num_classes,
             transform=BatchTransform.of(config),
             label_smoothing=config.loss.label_smoothing,
             dense_weight=config.loss.dense_weight,
+            grid=grid,
+            mix_token=config.augment.mix_group_size if config.augment.mix_token else 0,
             accumulate=config.optim.accumulate,
             ema=config.optim.ema,
         )
@@ -61,7 +80,8 @@ def train_step(
 
     Args:
       state: before the step; donated when jitted.
-      batch: `image` uint8 [B, h, w, 3] and `label` int32 [B].
+      batch: `image` uint8 [B, h, w, 3] and `label` int32 [B]; with label maps also `label_map`,
+        `box` and `flip`, as `pipeline.train_batches` makes them.
       rng: the run's root key, the same at every step.
       teacher: a model whose predictions a distillation token learns, or None.
       optimizer: as made by `make_optimizer`.
@@ -71,8 +91,22 @@ def train_step(
       The state after the step, with the step's metrics added to its sums.
     """
     labels = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
-    images, labels = recipe.transform(batch["image"], labels, key_for(rng, "mix", state.step))
+    images, labels, moves = recipe.transform(
+        batch["image"], labels, key_for(rng, "mix", state.step)
+    )
     targets = losses.Targets(labels)
+    if "label_map" in batch and recipe.grid is not None:
+        dense, whole = align(
+            batch["label_map"],
+            batch["box"],
+            batch["flip"],
+            recipe.grid,
+            recipe.num_classes,
+            moves=moves,
+            smoothing=recipe.label_smoothing,
+            official_axes=recipe.transform.official_axes,
+        )
+        targets = losses.Targets(whole, dense=dense)
     if teacher is not None:
         logits = teacher.model().outputs(images).evaluation_logits()
         targets = targets.replace(distilled=losses.hard_labels(logits))
@@ -135,7 +169,7 @@ def _gradients(
         key: jax.Array,
     ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
         module = model.replace(params=params, stats=stats).model(train=True)
-        outputs = module.outputs(images, key)
+        outputs, targets = _outputs(module, images, targets, key, recipe)
         loss = losses.classification_loss(outputs, targets, recipe.dense_weight)
         correct = outputs.evaluation_logits().argmax(-1) == targets.label.argmax(-1)
         return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())
@@ -162,6 +196,30 @@ def _gradients(
     grads, stats, loss, correct = carry
     grads = jax.tree.map(lambda grad: grad / parts, grads)
     return grads, stats, {"loss": (loss / parts * count, count), "top1": (correct * 1.0, count)}
+
+
+def _outputs(
+    module: Model, images: jax.Array, targets: losses.Targets, key: jax.Array, recipe: Recipe
+) -> tuple[Outputs, losses.Targets]:
+    """Returns a model's outputs and what they should be, with MixToken if that is on.
+
+    Where patches were mixed, each token's logits go back to the image that it is of, and the
+    image's label becomes the two images' by area.
+    """
+    if not recipe.mix_token:
+        return module.outputs(images, key), targets
+    group = recipe.mix_token
+    patches, boxes = mix.mix_tokens(module.embed(images), jax.random.fold_in(key, 1), group)
+    outputs = module.classify(module.encode(patches, jax.random.fold_in(key, 0)))
+    if outputs.dense is not None:
+        theirs = boxes.reshape(len(boxes), -1, 1)
+        dense = jnp.where(theirs, mix.partners(outputs.dense, group), outputs.dense)
+        outputs = dataclasses.replace(outputs, dense=dense)
+    share = boxes.mean((1, 2))[:, None]
+    # A token's own image is not mixed, whatever becomes of the image's label.
+    dense_targets = targets.label[:, None] if targets.dense is None else targets.dense
+    label = (1 - share) * targets.label + share * mix.partners(targets.label, group)
+    return outputs, targets.replace(label=label, dense=dense_targets)
 
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:

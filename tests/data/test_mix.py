@@ -104,7 +104,8 @@ def test_the_whole_transform_is_its_parts_in_order():
     """RandAugment on pixels, then normalising, erasing, and mixing last."""
     images = jax.random.randint(jax.random.key(3), (6, 16, 16, 3), 0, 256).astype(jnp.uint8)
     plain = BatchTransform((0.5,) * 3, (0.25,) * 3)
-    out, targets = plain(images, jnp.eye(6), jax.random.key(0))
+    out, targets, moves = plain(images, jnp.eye(6), jax.random.key(0))
+    assert moves is None
     np.testing.assert_allclose(out, normalize(images, (0.5,) * 3, (0.25,) * 3))
     np.testing.assert_array_equal(targets, jnp.eye(6))
 
@@ -113,10 +114,11 @@ def test_the_whole_transform_is_its_parts_in_order():
     )
     key = jax.random.key(0)
     augment_key, erase_key, mix_key = jax.random.split(key, 3)
-    expected = policy.normalize(policy._augment(images, augment_key))
+    augmented, moves = policy._augment(images, augment_key)
+    expected = policy.normalize(augmented)
     whole = (expected * 0.25 + 0.5) * 255
     np.testing.assert_allclose(whole, jnp.round(whole), atol=1e-3)
     expected = erase(expected, jax.random.split(erase_key, 6), 0.5)
     expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0)
-    for ours, theirs in zip(policy(images, jnp.eye(6), key), expected, strict=True):
+    for ours, theirs in zip(policy(images, jnp.eye(6), key), (*expected, moves), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -210,3 +210,61 @@ def test_a_distillation_token_learns_what_the_teacher_says(accumulate):
     assert float(total / count) == pytest.approx(float(expected(student.model, teacher)), rel=1e-4)
     without = jitted(recipe)(student, batch, ROOT)
     assert float(without.metrics["loss"][0]) != pytest.approx(float(total), rel=1e-2)
+
+
+def test_mix_token_brings_each_tokens_logits_back(monkeypatch):
+    """With a box around everything each image is its partner's, and its tokens come back whole."""
+    everything = lambda key, shape, keep: jnp.ones(shape, bool)  # noqa: E731
+    monkeypatch.setattr(step.mix, "random_box", everything)
+    variables = make_state(drop_path=0.0).model
+    images = TRANSFORM.normalize(make_batch()["image"])
+    labels = jax.nn.one_hot(jnp.asarray(make_batch()["label"]), 10)
+    recipe = dataclasses.replace(RECIPE, mix_token=4)
+
+    @jax.jit
+    def both(variables):
+        plain = variables.model().outputs(images)
+        key = jax.random.key(0)
+        return plain, *step._outputs(variables.model(), images, Targets(labels), key, recipe)
+
+    plain, mixed, targets = both(variables)
+    np.testing.assert_allclose(mixed.dense, plain.dense, rtol=1e-3, atol=1e-4)
+    partner = np.arange(16).reshape(4, 4)[:, ::-1].ravel()
+    np.testing.assert_allclose(mixed.logits, plain.logits[partner], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(targets.label, labels[partner])
+    np.testing.assert_array_equal(targets.dense[:, 0], labels)
+
+
+def test_mix_tokens_label_is_the_boxs_share():
+    variables = make_state(drop_path=0.0).model
+    images = TRANSFORM.normalize(make_batch()["image"])
+    recipe = dataclasses.replace(RECIPE, mix_token=4)
+    key = jax.random.key(5)
+    _, targets = jax.jit(
+        lambda v: step._outputs(v.model(), images, Targets(jnp.eye(16)), key, recipe)
+    )(variables)
+    patches = jnp.zeros((16, 6, 6, 1))
+    _, boxes = step.mix.mix_tokens(patches, jax.random.fold_in(key, 1), 4)
+    share = np.asarray(boxes).mean((1, 2))
+    assert share.max() > 0.05
+    partner = np.arange(16).reshape(4, 4)[:, ::-1].ravel()
+    np.testing.assert_allclose(targets.label[np.arange(16), partner], share, rtol=1e-6)
+    np.testing.assert_allclose(targets.label.sum(1), 1, rtol=1e-6)
+
+
+def test_label_maps_become_the_targets():
+    """One step with maps that say the label everywhere is one step without maps."""
+    batch = make_batch()
+    maps = np.zeros((16, 2, 5, 9, 9), np.float16)
+    maps[:, 1] = ((batch["label"][:, None] + np.arange(5)) % 10)[:, :, None, None]
+    maps[:, 0, 0] = 30
+    box = np.tile(np.float32([0.1, 0.2, 0.9, 0.8]), (16, 1))
+    with_maps = batch | {"label_map": maps, "box": box, "flip": np.arange(16) % 2 == 0}
+    state, recipe = make_state(), dataclasses.replace(RECIPE, grid=(6, 6))
+    losses = [
+        float(jitted(recipe)(state, batch, ROOT).metrics["loss"][0]) for batch in (batch, with_maps)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    maps[:, 1] = (maps[:, 1] + 1) % 10
+    changed = jitted(recipe)(state, with_maps, ROOT)
+    assert float(changed.metrics["loss"][0]) != pytest.approx(losses[0], rel=1e-2)

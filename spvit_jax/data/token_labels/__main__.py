@@ -1,0 +1,201 @@
+"""The commands that pack, make and show token labels; see the package.
+
+python -m spvit_jax.data.token_labels pack --dataset=imagenet2012 --labels=DIR --output=FILE.npy
+python -m spvit_jax.data.token_labels make --config=CONFIG --checkpoint=PATH --output=FILE.npy
+python -m spvit_jax.data.token_labels show --dataset=digits --labels=FILE.npy --output=FILE.png
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from spvit_jax import cli, weights
+from spvit_jax import config as config_lib
+from spvit_jax.data import datasets, mix, pipeline
+from spvit_jax.data.augment import WholeTransform
+from spvit_jax.data.token_labels.store import LabelMaps, write
+from spvit_jax.errors import InputError, nearest
+from spvit_jax.interop import files
+from spvit_jax.training import sharding
+
+_KEPT = 5  # logits of each token
+_COMMANDS = ("pack", "make", "show")
+
+
+def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | None]:
+    """Yields the label map of each image from the `.pt` file of its name, or None without one.
+
+    Raises:
+      InputError: a file is not a label map.
+    """
+    paths = {path.stem: path for path in folder.rglob("*.pt")}
+    for name in names:
+        path = paths.get(pathlib.Path(name).stem)
+        if path is None:
+            yield None
+            continue
+        array = files.read_array(path)
+        if array.ndim != 4 or array.shape[0] != 2:
+            raise InputError(f"{path} has the shape {array.shape}; expected [2, K, h, w]")
+        yield array
+
+
+def predicted(
+    config: config_lib.ConfigDict, path: pathlib.Path, source: datasets.Source
+) -> Iterator[np.ndarray]:
+    """Yields the label map of each image that a model with a dense head makes of the whole image.
+
+    Raises:
+      InputError: the model has no dense head, or its weights cannot be used.
+    """
+    model = config_lib.model_settings(config, num_classes=source.num_classes)
+    found = weights.find(path, model)
+    model = found.fit(model)
+    found.check(model)
+    if not getattr(model, "dense_head", False):
+        raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
+    variables = found.load(model, sharding.make_mesh(1, 1, jax.devices()[:1]))
+    mean, std = config.data.mean, config.data.std
+    kept = min(_KEPT, source.num_classes)
+
+    @jax.jit
+    def best(images: jax.Array) -> jax.Array:
+        dense = variables.model().outputs(mix.normalize(images, mean, std)).dense
+        assert dense is not None  # the model has a dense head
+        values, classes = jax.lax.top_k(dense, kept)
+        maps = jnp.stack([values, classes.astype(values.dtype)], axis=1)  # [B, 2, N, K]
+        return maps.transpose(0, 1, 3, 2).reshape(len(images), 2, kept, *model.grid)
+
+    with pipeline.eval_batches(
+        source, WholeTransform(model.image_shape), batch_size=config.data.eval_batch_size
+    ) as batches:
+        for batch in batches:
+            yield from np.asarray(best(jnp.asarray(batch["image"])))[batch["mask"] > 0]
+
+
+def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
+    """Draws an image and, over it, the best class of each cell of its label map, as a PNG file."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    values, classes = label_map[0, 0].astype(float), label_map[1, 0].astype(int)
+    h, w = classes.shape
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
+    extent = (0, w, h, 0)
+    for axis in axes:
+        axis.imshow(image, extent=extent)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    shown = axes[1].imshow(values, extent=extent, alpha=0.6, cmap="viridis")
+    for y in range(h):
+        for x in range(w):
+            text = str(classes[y, x])
+            axes[1].text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6, color="w")
+    found, counts = np.unique(classes, return_counts=True)
+    most = ", ".join(str(c) for c in found[np.argsort(-counts)][:3])
+    axes[1].set_title(f"best class of each cell; most frequent: {most}", fontsize=8)
+    figure.colorbar(shown, ax=axes[1], shrink=0.8, label="largest logit")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Takes the command off the arguments, defines its flags and runs it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in _COMMANDS:
+        cli.fail(f"expected one of {', '.join(_COMMANDS)}{nearest(name, _COMMANDS)}")
+    del sys.argv[1]
+    {"pack": _pack, "make": _make, "show": _show}[name]()
+
+
+def _pack() -> None:
+    source = _source_flags()
+    folder = flags.DEFINE_string("labels", None, "Folder of .pt files.", required=True)
+    output = _output_flag("The .npy file to write.")
+    classes = flags.DEFINE_integer("num_classes", None, "Default: the data set's.")
+
+    def run() -> None:
+        images = source()
+        names = images.file_names(np.arange(len(images)))
+        maps = published(pathlib.Path(folder.value), names)
+        _write(output(), maps, images, classes.value or images.num_classes, folder.value)
+
+    cli.run(run)
+
+
+def _make() -> None:
+    config = cli.config_flag()
+    path = flags.DEFINE_string("checkpoint", None, "Weights with a dense head.", required=True)
+    output = _output_flag("The .npy file to write.")
+
+    def run() -> None:
+        data = config().data
+        images = datasets.load(data.dataset, data.train_split, data.data_dir)
+        maps = predicted(config(), pathlib.Path(path.value), images)
+        _write(output(), maps, images, images.num_classes, path.value)
+
+    cli.run(run)
+
+
+def _show() -> None:
+    source = _source_flags()
+    path = flags.DEFINE_string("labels", None, "The .npy file of label maps.", required=True)
+    index = flags.DEFINE_integer("index", 0, "Which image of the split.")
+    output = _output_flag("The .png file to write.")
+
+    def run() -> None:
+        images, maps = source(), LabelMaps(pathlib.Path(path.value))
+        maps.check(len(images), images.num_classes)
+        if not 0 <= index.value < len(images):
+            raise InputError(f"--index is {index.value}; expected 0 to {len(images) - 1}")
+        wanted = np.array([index.value])
+        encoded, labels = images.fetch(wanted)
+        image = WholeTransform((224, 224))(encoded[0]).numpy()
+        draw(image, maps.fetch(wanted, labels)[0], output())
+        print(f"image {index.value} of class {labels[0]} with its labels: {output()}")
+
+    cli.run(run)
+
+
+def _source_flags() -> cli.Getter[datasets.Source]:
+    name = flags.DEFINE_string("dataset", "imagenet2012", "As data.dataset of a configuration.")
+    split = flags.DEFINE_string("split", "train", "Of the data set.")
+    data_dir = flags.DEFINE_string("data_dir", "data", "Where TFDS data sets are kept.")
+    return lambda: datasets.load(name.value, split.value, data_dir.value)
+
+
+def _output_flag(text: str) -> cli.Getter[pathlib.Path]:
+    output = flags.DEFINE_string("output", None, text, required=True)
+    return lambda: pathlib.Path(output.value)
+
+
+def _write(
+    path: pathlib.Path,
+    maps: Iterator[np.ndarray | None],
+    images: datasets.Source,
+    num_classes: int,
+    made_of: str,
+) -> None:
+    if path.suffix != ".npy" or path.exists():
+        raise InputError(f"--output is {path}; expected the name of a new file, ending in .npy")
+    shown = tqdm(maps, total=len(images), unit="image", disable=not sys.stderr.isatty())
+    facts = write(path, shown, count=len(images), num_classes=num_classes, source=str(made_of))
+    print(
+        f"wrote {path}: {facts['images'] - facts['missing']} label maps of the shape "
+        f"{'×'.join(map(str, facts['shape']))}; {facts['missing']} images have none, and their "
+        "label everywhere"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Label maps on disk: one array file for a split, read at random as training asks for them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from spvit_jax.errors import InputError
+
+_MOST_CLASSES = 2048  # that half precision counts exactly
+_CERTAIN = 20.0  # logit of the image's label where there is no map
+
+
+class LabelMaps:
+    """The label maps of a split, in the order of its examples.
+
+    Attributes:
+      shape: (K, h, w) of each: the number of logits, and the grid.
+      num_classes: C.
+      missing: how many images have none.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Opens a file that `write` has written.
+
+        Raises:
+          InputError: it is not there or not whole.
+        """
+        try:
+            self._maps = np.load(path, mmap_mode="r")
+            facts = json.loads(_facts_of(path).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is not a file of token labels: {error}; make one with "
+                "python -m spvit_jax.data.token_labels"
+            ) from error
+        self.shape = self._maps.shape[2:]
+        self.num_classes, self.missing = facts["num_classes"], facts["missing"]
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def fetch(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns the maps [n, 2, K, h, w] float16 of examples; thread safe.
+
+        An image without one has its label everywhere.
+
+        Args:
+          indices: [n], of the split.
+          labels: [n], the images' labels.
+        """
+        maps = np.array(self._maps[indices])
+        missing = maps[:, 1, 0, 0, 0] < 0
+        maps[missing] = 0
+        maps[missing, 1] = np.arange(self.shape[0])[:, None, None]
+        # Five different classes, the first of them the label and the only one with a logit.
+        maps[missing, 1] += labels[missing, None, None, None]
+        maps[missing, 1] %= self.num_classes
+        maps[missing, 0, 0] = _CERTAIN
+        return maps
+
+    def check(self, num_examples: int, num_classes: int) -> None:
+        """Raises an `InputError` unless the maps are those of a split of this size."""
+        if (len(self), self.num_classes) != (num_examples, num_classes):
+            raise InputError(
+                f"the token labels are of {len(self)} images of {self.num_classes} classes, the "
+                f"split has {num_examples} of {num_classes}; make them for the same split"
+            )
+
+
+def write(
+    path: pathlib.Path,
+    maps: Iterable[np.ndarray | None],
+    *,
+    count: int,
+    num_classes: int,
+    source: str,
+) -> dict[str, Any]:
+    """Writes label maps, whole or not at all.
+
+    Args:
+      path: the file, `*.npy`; facts go to a `.json` file beside it.
+      maps: for each example in order, [2, K, h, w], or None where there is none.
+      count: number of examples.
+      num_classes: C.
+      source: what they were made of, in words.
+
+    Returns:
+      The facts: `images`, `missing`, `num_classes`, `shape`, `source`.
+
+    Raises:
+      InputError: there are too many classes, no map at all, or maps of different shapes.
+    """
+    if num_classes > _MOST_CLASSES:
+        raise InputError(f"token labels of {num_classes} classes; at most {_MOST_CLASSES} fit")
+    temporary = path.with_name(f".{path.name}.partial")
+    array, missing, waiting = None, 0, 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for index, one in enumerate(maps):
+            if one is None:
+                missing += 1
+                if array is None:
+                    waiting += 1
+                else:
+                    array[index] = -1
+                continue
+            if array is None:
+                array = np.lib.format.open_memmap(
+                    temporary, mode="w+", dtype=np.float16, shape=(count, *one.shape)
+                )
+                array[:waiting] = -1
+            if one.shape != array.shape[1:]:
+                raise InputError(f"label map {index} is {one.shape}; expected {array.shape[1:]}")
+            array[index] = one
+        if array is None:
+            raise InputError("there is no label map for any of the images")
+        array.flush()
+        facts = {
+            "images": count,
+            "missing": missing,
+            "num_classes": num_classes,
+            "shape": array.shape[1:],
+            "source": source,
+        }
+        _facts_of(path).write_text(json.dumps(facts, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return facts
+
+
+def _facts_of(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".json")
