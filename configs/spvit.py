@@ -1,18 +1,18 @@
 """SP-ViT on ImageNet-1K: training at 224 pixels, fine-tuning at 384 (arXiv 2206.07662).
 
-    python -m spvit_jax.train --config=configs/spvit.py:s --workdir=runs/spvit_s
+    python -m spvit_jax.train --config=configs/spvit.py:s --workdir=runs/spvit_s \
+        --config.token_labels.path=labels.npy
     python -m spvit_jax.train --config=configs/spvit.py:s,384 --workdir=runs/spvit_s_384 \
-        --config.init_from=runs/spvit_s
+        --config.token_labels.path=labels.npy --config.init_from=runs/spvit_s
     python -m spvit_jax.evaluate --config=configs/spvit.py:s,384 --checkpoint=spvit_s_384.pth.tar
 
 Arguments: `size` (s, m, l) and `image_size` (224, 384), in this order or by name. The start of a
 fine-tune, `config.init_from`, is a run at 224 or the authors' file; positions are resized.
 
 Values are those of the authors' scripts; the 30 epochs of the fine-tune are the paper's. Its
-learning rate is constant, apart from the warm-up that their training code always does. They trained
-with token labels, which this code base does not have yet: each token learns the image's label in
-their place, and the accuracies below, which are the paper's top-1, are not to be expected from
-that. Evaluating the authors' weights needs no labels.
+learning rate is constant, apart from the warm-up that their training code always does. The token
+labels are the published ones (`python -m spvit_jax.data.token_labels pack`); without a path each
+token learns the image's label. The accuracies below are the paper's top-1.
 
 | size | hardware of the authors | 224 | 384 |
 |---|---|---|---|
@@ -47,6 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.augment.interpolation = "random"
     config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"
     config.augment.erase = 0.25
+    config.augment.mix_token = True
 
     config.data.batch_size = batch_size
     config.optim.lr = lr

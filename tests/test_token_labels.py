@@ -6,11 +6,22 @@ import pytest
 from spvit_jax.data.token_labels.store import LabelMaps
 from tests.commands import CONFIG, SMALL, records_of, run
 
+# Twenty epochs, after which the small model is far from chance.
+LONGER = [
+    *SMALL,
+    "--config.data.train_size=1297",
+    "--config.data.batch_size=64",
+    "--config.schedule.total=400 steps",
+    "--config.log_every=100 steps",
+    "--config.eval_every=400 steps",
+    "--config.checkpoint.every=400 steps",
+]
+
 
 @pytest.fixture(scope="module")
 def teacher(environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("token_labels") / "teacher"
-    run(environment, "train", CONFIG, f"--workdir={workdir}", *SMALL)
+    run(environment, "train", CONFIG, f"--workdir={workdir}", *LONGER)
     return workdir
 
 
@@ -32,17 +43,17 @@ def test_the_teacher_labels_every_token_of_every_image(labels):
     assert set(np.unique(classes)) == set(range(10))
 
 
-def test_a_student_learns_from_them(environment, labels, tmp_path):
+def test_a_student_that_sees_no_other_label_learns_from_them(environment, labels, tmp_path):
     student = [
         f"--config.token_labels.path={labels}",
         "--config.augment.mix_token=True",
         "--config.augment.mix_group_size=8",
-        "--config.augment.rand_augment=rand-m3-mstd0.5-inc1",
-        "--config.schedule.total=200 steps",
     ]
-    run(environment, "train", CONFIG, f"--workdir={tmp_path / 'run'}", *SMALL, *student)
-    losses = [r["train/loss"] for r in records_of(tmp_path / "run") if "train/loss" in r]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
+    run(environment, "train", CONFIG, f"--workdir={tmp_path / 'run'}", *LONGER, *student)
+    records = records_of(tmp_path / "run")
+    assert [r["eval/top1"] for r in records if "eval/top1" in r][-1] > 0.4
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_labels_of_an_image_can_be_seen(environment, labels, tmp_path):

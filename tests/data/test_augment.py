@@ -97,3 +97,63 @@ def test_evaluation_of_a_grey_image_that_is_not_square():
     out = EvalTransform((32, 48))(tf.constant(encode(image))).numpy()
     assert out.shape == (32, 48, 3)
     assert (out[..., 0] == out[..., 1]).all()
+
+
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_is_decoded_to_pillows_pixels(mode):
+    encoded = jpeg(photograph(200, 133).convert(mode))
+    ours = EvalTransform((133, 200))(encoded).numpy()
+    theirs = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("crop", [0.875, 1.0])
+def test_evaluation_of_a_jpeg_is_within_a_level_of_pillows(crop):
+    """Shorter side to size / crop, bicubic with antialiasing, then the centre."""
+    encoded = jpeg(photograph(500, 375))
+    ours = EvalTransform((224, 224), crop)(encoded).numpy().astype(float)
+    short = round(224 / crop)
+    size = (round(500 * short / 375), short)
+    theirs = Image.open(io.BytesIO(encoded)).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
+    theirs = np.asarray(theirs.crop((left, top, left + 224, top + 224)), float)
+    assert abs(ours - theirs).mean() < 1
+
+
+def test_a_crop_is_the_same_whatever_the_format():
+    """Of a JPEG only the crop is decoded; at its border the colour may be a little off."""
+    image = Image.open(io.BytesIO(jpeg(photograph(320, 240)))).convert("RGB")
+    whole, part = encode(image), jpeg(photograph(320, 240))
+    transform = TrainTransform((96, 96), interpolation="random")
+    for number in range(6):
+        seed = tf.constant([7, number], tf.int64)
+        (one, box, flip), (other, other_box, other_flip) = (
+            transform.with_box(encoded, seed) for encoded in (whole, part)
+        )
+        assert abs(one.numpy().astype(float) - other.numpy()).mean() < 1
+        np.testing.assert_array_equal(box, other_box)
+        assert bool(flip) == bool(other_flip)
+
+
+def test_random_interpolation_is_one_or_the_other():
+    encoded, chosen = encode(photograph(320, 240)), []
+    for number in range(40):
+        seed = tf.constant([7, number], tf.int64)
+        images = {
+            name: TrainTransform((96, 96), interpolation=name)(encoded, seed).numpy()
+            for name in ("random", "bilinear", "bicubic")
+        }
+        same = [
+            name
+            for name in ("bilinear", "bicubic")
+            if np.array_equal(images["random"], images[name])
+        ]
+        assert len(same) == 1
+        chosen += same
+    assert 8 < chosen.count("bicubic") < 32

@@ -59,6 +59,17 @@ def test_each_epoch_is_another_permutation(source):
     assert not np.array_equal(index[:240], other)
 
 
+def test_repeats_follow_each_other_augmented_anew(source):
+    batches = take(source, 6, repeats=3)
+    index = np.concatenate([batch["index"] for batch in batches]).reshape(-1, 3)
+    assert (index == index[:, :1]).all()
+    plain = np.concatenate([batch["index"] for batch in take(source, 2)])
+    np.testing.assert_array_equal(index[:, 0], plain)
+    images = np.concatenate([batch["image"] for batch in batches]).reshape(48, 3, -1)
+    assert np.mean((images[:, 0] != images[:, 1]).any(1)) > 0.9
+    assert_same(take(source, 6, repeats=3)[4:], take(source, 2, repeats=3, start_step=4))
+
+
 def test_an_example_is_augmented_anew_in_each_epoch(source):
     small = datasets.balanced_subset(source, 1, seed=0)
     images = take(small, 1)[0]["image"]
