@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spvit_jax.data import pixels
 from spvit_jax.errors import InputError
@@ -38,7 +39,7 @@ POINTWISE = (
 )
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 OPERATIONS = POINTWISE + GEOMETRIC
-_SWAP = jnp.array([1, 0, 2])  # x for y
+_SWAP = np.array([1, 0, 2])  # x for y
 
 
 class Draw(NamedTuple):

@@ -216,10 +216,15 @@ def _outputs(
         dense = jnp.where(theirs, mix.partners(outputs.dense, group), outputs.dense)
         outputs = dataclasses.replace(outputs, dense=dense)
     share = boxes.mean((1, 2))[:, None]
-    # A token's own image is not mixed, whatever becomes of the image's label.
-    dense_targets = targets.label[:, None] if targets.dense is None else targets.dense
-    label = (1 - share) * targets.label + share * mix.partners(targets.label, group)
-    return outputs, targets.replace(label=label, dense=dense_targets)
+
+    def by_area(labels: jax.Array) -> jax.Array:
+        return (1 - share) * labels + share * mix.partners(labels, group)
+
+    return outputs, losses.Targets(
+        label=by_area(targets.label),
+        distilled=None if targets.distilled is None else by_area(targets.distilled),
+        dense=targets.label[:, None] if targets.dense is None else targets.dense,
+    )
 
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
