@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     data.data_dir = "data"  # where TFDS data sets are kept
     data.train_split = "train"  # what is trained on
     data.eval_split = "validation"  # what is evaluated on during training
-    data.train_size = placeholder(int)  # train on this many examples, class by class; None: all
+    data.train_size = placeholder(object)  # examples, evenly by class: 200 or "1%"; None: all
     data.batch_size = 1024  # images per step, over all devices
     data.eval_batch_size = 1024  # images per step of evaluation
     data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale of 0 to 1

@@ -201,17 +201,19 @@ class Subset:
         return self._source.fetch(self._indices[indices])
 
 
-def balanced_subset(source: Source, size: int, seed: int) -> Source:
+def balanced_subset(source: Source, size: int | str, seed: int) -> Source:
     """Draws `size` examples at random, as many of each class as can be.
 
     Args:
       source: what to draw from.
-      size: number of examples; a class with too few gives all it has and the rest fill up.
+      size: number of examples, or a share of them such as "10%"; a class with too few gives all
+        it has and the rest fill up.
       seed: of the draw; smaller subsets of the same seed are part of larger ones.
 
     Raises:
-      InputError: size is not between 1 and the number of examples.
+      InputError: size cannot be read or is not between 1 and the number of examples.
     """
+    size = _number_of(size, len(source))
     if not 1 <= size <= len(source):
         raise InputError(
             f"train_size is {size}; expected 1 to {len(source)}, the number of training examples"
@@ -224,3 +226,15 @@ def balanced_subset(source: Source, size: int, seed: int) -> Source:
     rank = np.empty(len(order), np.int64)
     rank[by_class] = np.arange(len(order)) - starts
     return Subset(source, order[np.argsort(rank, kind="stable")[:size]])
+
+
+def _number_of(size: int | str, total: int) -> int:
+    """Returns a number of examples, given as such or as a percentage of the total."""
+    if isinstance(size, int):
+        return size
+    try:
+        return round(total * float(size.removesuffix("%")) / 100) if size[-1:] == "%" else int(size)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"train_size is {size!r}; expected a number of examples, or a share such as '10%'"
+        ) from error

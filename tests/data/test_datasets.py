@@ -102,7 +102,23 @@ def test_data_directory_that_cannot_be_written(tmp_path):
         datasets.load("digits", "train", str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("size", [0, -1, 1298])
+@pytest.mark.parametrize(
+    ("size", "count"), [("1%", 13), ("10%", 130), ("100%", 1297), ("2.5%", 32), ("200", 200)]
+)
+def test_subset_of_a_share(size, count, data_dir):
+    subset = datasets.balanced_subset(datasets.load("digits", "train", data_dir), size, 0)
+    assert len(subset) == count
+    per_class = np.bincount(subset.fetch(np.arange(count))[1], minlength=10)
+    assert per_class.max() - per_class.min() <= (1 if count < 1000 else 20)
+
+
+@pytest.mark.parametrize("size", ["some", "%", "nan%", "inf%"])
+def test_subset_of_a_size_that_cannot_be_read(size, data_dir):
+    with pytest.raises(InputError, match="or a share such as '10%'"):
+        datasets.balanced_subset(datasets.load("digits", "train", data_dir), size, 0)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1298, "101%", "0.01%"])
 def test_subset_of_impossible_size(size, data_dir):
     with pytest.raises(InputError, match="expected 1 to 1297"):
         datasets.balanced_subset(datasets.load("digits", "train", data_dir), size, 0)
