@@ -13,6 +13,7 @@ distillation: xxs24 77.6.
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
+from spvit_jax import recipes
 from spvit_jax.errors import InputError
 from spvit_jax.models import list_models
 
@@ -24,17 +25,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.size not in sizes:
         raise InputError(f"config argument {arg!r}: expected a size of {', '.join(sizes)}")
 
-    config = config_lib.base()
-    config.model.name = f"cait_{args.size}"
-
-    config.augment.repeats = 3
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
-
-    config.data.batch_size = 1024
-    config.optim.lr = 1e-3
-    config.schedule.total = "400 epochs"
-    config.schedule.warmup = "5 epochs"
-    return config
+    return recipes.deit(f"cait_{args.size}", epochs=400)

@@ -13,6 +13,7 @@ distillation token. It may be any checkpoint of this project, or a file that say
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
+from spvit_jax import recipes
 from spvit_jax.errors import InputError
 
 
@@ -22,17 +23,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.size not in ("ti", "s", "b") or args.distilled not in (0, 1):
         raise InputError(f"config argument {arg!r}: expected a size of ti, s or b, and distilled=1")
 
-    config = config_lib.base()
-    config.model.name = f"deit_{args.size}" + ("_distilled" if args.distilled else "")
-
-    config.augment.repeats = 3
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
-
-    config.data.batch_size = 1024
-    config.optim.lr = 1e-3
-    config.schedule.total = "300 epochs"
-    config.schedule.warmup = "5 epochs"
-    return config
+    name = f"deit_{args.size}" + ("_distilled" if args.distilled else "")
+    return recipes.deit(name, epochs=300)

@@ -10,6 +10,7 @@ t 81.3, s 83.0, b 83.5; `configs/imagenet.py` evaluates L, which began on ImageN
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
+from spvit_jax import recipes
 from spvit_jax.errors import InputError
 
 
@@ -19,17 +20,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.size not in ("t", "s", "b"):
         raise InputError(f"config argument {arg!r}: expected a size of t, s or b")
 
-    config = config_lib.base()
-    config.model.name = f"swin_{args.size}"
-
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
-
-    config.data.batch_size = 1024
-    config.optim.lr = 1e-3
+    config = recipes.deit(f"swin_{args.size}", epochs=300)
+    config.augment.repeats = 1
     config.optim.clip_norm = 5.0
-    config.schedule.total = "300 epochs"
     config.schedule.warmup = "20 epochs"
     return config

@@ -1,0 +1,78 @@
+"""What several recipes in `configs/` share: DeiT's training, and LV-ViT's with token labels."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from spvit_jax import config as config_lib
+from spvit_jax.errors import InputError
+
+# Batch and learning rate at 224 pixels; batch at 384.
+_TOKEN_LABELLING = {
+    "t": (1024, 1.6e-3, 256),
+    "s": (1024, 1.6e-3, 256),
+    "m": (1024, 1.6e-3, 128),
+    "l": (800, 6e-4, 512),
+}
+
+
+def deit(model: str, *, epochs: int) -> ConfigDict:
+    """Returns DeiT's recipe (arXiv 2012.12877) for a named model at 224 pixels."""
+    config = config_lib.base()
+    config.model.name = model
+
+    config.augment.repeats = 3
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
+
+    config.data.batch_size = 1024
+    config.optim.lr = 1e-3
+    config.schedule.total = f"{epochs} epochs"
+    config.schedule.warmup = "5 epochs"
+    return config
+
+
+def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> ConfigDict:
+    """Returns LV-ViT's recipe (arXiv 2104.10858), which is SP-ViT's too.
+
+    Args:
+      family: "lvvit" or "spvit".
+      sizes: those that the family has.
+      arg: of the config file, a size and 224 or 384 pixels, such as "s,384".
+
+    Raises:
+      InputError: the argument asks for another size or resolution.
+    """
+    args = config_lib.parse_arg(arg, size="s", image_size=224)
+    if args.size not in sizes or args.image_size not in (224, 384):
+        raise InputError(
+            f"config argument {arg!r}: expected a size of {', '.join(sizes)}, and 224 or 384 "
+            "pixels; other resolutions are set by --config.model.image_size"
+        )
+    batch_size, lr, batch_size_384 = _TOKEN_LABELLING[args.size]
+
+    config = config_lib.base()
+    config.model.name = f"{family}_{args.size}"
+    config.model.image_size = args.image_size
+
+    config.augment.interpolation = "random"
+    config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"
+    config.augment.erase = 0.25
+    config.augment.mix_token = True
+
+    config.data.batch_size = batch_size
+    config.optim.lr = lr
+    config.optim.ema = 0.99992
+    config.schedule.total = "310 epochs"
+    config.schedule.warmup = "5 epochs"
+    config.schedule.cooldown = "10 epochs"
+    if args.image_size == 384:
+        config.data.batch_size = batch_size_384
+        config.optim.lr = config.optim.min_lr = 5e-6
+        config.optim.weight_decay = 1e-8
+        config.optim.ema = 0.99992 if args.size == "l" else 0.0
+        config.schedule.total = "30 epochs"
+        config.schedule.cooldown = "0 epochs"
+    return config
