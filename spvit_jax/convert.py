@@ -31,7 +31,6 @@ from spvit_jax.errors import InputError
 from spvit_jax.interop import DIALECTS, Dialect, files, to_theirs
 from spvit_jax.models import ModelConfig, ViTConfig, model_config
 from spvit_jax.models.complexity import count_parameters
-from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.resize import check_adaptable
 from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.state import Variables
@@ -104,10 +103,8 @@ def write_torch(
     output: pathlib.Path, variables: Variables, model: ModelConfig, *, dialect: Dialect
 ) -> None:
     """Writes a `.pth` or `.safetensors` file under the names of PyTorch; as `files.write`."""
-    leaves = {
-        name.partition("/")[2]: np.asarray(leaf) for name, leaf in named_leaves(variables).items()
-    }
-    files.write(output, to_theirs(leaves, model, dialect), model.to_dict())
+    arrays = {name: np.asarray(leaf) for name, leaf in weights_lib.arrays_of(variables).items()}
+    files.write(output, to_theirs(arrays, model, dialect), model.to_dict())
 
 
 def _report(found: weights_lib.Weights, model: ModelConfig, output: pathlib.Path) -> None:

@@ -109,9 +109,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     data = config.data
     source = datasets.load(data.dataset, data.eval_split, data.data_dir)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    found = weights.find(path, model_config)
-    model_config = found.fit(model_config)
-    found.check(model_config)
+    found, model_config = weights.find_fitting(path, model_config)
     model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
 
     with pipeline.eval_batches(

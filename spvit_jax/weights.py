@@ -124,7 +124,7 @@ def find(
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
             shapes, _ = _plan(config, mesh, preset)
             variables = checkpoint.load_variables(directory, shapes, weights=weights)
-            return {_inside(name): leaf for name, leaf in named_leaves(variables).items()}
+            return arrays_of(variables)
 
         return Weights(str(directory), config, read)
 
@@ -132,6 +132,28 @@ def find(
     config = _known(like if note is None else from_dict(note), path)
     config, arrays = to_ours(state_dict, config, path)
     return Weights(str(path), config, lambda mesh, preset: arrays)
+
+
+def find_fitting(
+    path: pathlib.Path, model: ModelConfig, *, which: str = "best", weights: str = "auto"
+) -> tuple[Weights, ModelConfig]:
+    """Finds weights to run a model with, as `find`; the kinds of its layers are theirs.
+
+    Returns:
+      The weights, and the model for which `load` can be called.
+
+    Raises:
+      InputError: as `find` and `Weights.check`.
+    """
+    found = find(path, model, which=which, weights=weights)
+    model = found.fit(model)
+    found.check(model)
+    return found, model
+
+
+def arrays_of(variables: Variables) -> dict[str, Any]:
+    """Returns a model's arrays under their names, as `naming.arrays_of` does of a module."""
+    return {_inside(name): leaf for name, leaf in named_leaves(variables).items()}
 
 
 def _plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:

@@ -58,9 +58,7 @@ def predicted(
       InputError: the model has no dense head, or its weights cannot be used.
     """
     model = config_lib.model_settings(config, num_classes=source.num_classes)
-    found = weights.find(path, model)
-    model = found.fit(model)
-    found.check(model)
+    found, model = weights.find_fitting(path, model)
     if not getattr(model, "dense_head", False):
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
     variables = found.load(model, sharding.make_mesh(1, 1, jax.devices()[:1]))
