@@ -1,23 +1,29 @@
 """What the host does to one image: decoding, cropping, resizing, flipping.
 
 Everything random is drawn from a seed that is passed in, so that an example looks the same
-whenever and wherever it is read. What is done to a whole batch is in `mix.py`, on the device.
+whenever and wherever it is read. TensorFlow decodes, which is faster; Pillow resizes, which is
+faster too, and gives the pixels that other people's recipes are trained and evaluated with. What
+is done to a whole batch is in `mix.py`, on the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Self
 
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from spvit_jax.data.tensorflow import tf
+from spvit_jax.errors import InputError, nearest
 
 Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width; int32
 
 _CROP_ATTEMPTS = 10  # torchvision's
 _EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,10 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        """Raises an `InputError` if there is no such interpolation."""
+        _check_interpolation(self.interpolation, (*_FILTERS, "random"))
 
     @classmethod
     def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
@@ -68,16 +78,14 @@ class TrainTransform:
         image, box = _decode_crop(
             encoded, lambda shape: random_crop_box(shape, crop_seed, self.scale, self.ratio)
         )
-        if self.interpolation == "random":
-            image = tf.cond(
-                tf.random.stateless_uniform([], interpolation_seed) < 0.5,
-                lambda: _resize(image, self.size, "bilinear"),
-                lambda: _resize(image, self.size, "bicubic"),
-            )
-        else:
-            image = _resize(image, self.size, self.interpolation)
         flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
-        return tf.where(flipped, image[:, ::-1], image), box, flipped
+        if self.interpolation == "random":
+            is_bilinear = tf.random.stateless_uniform([], interpolation_seed) < 0.5
+            filters = _FILTERS["bilinear"].value, _FILTERS["bicubic"].value
+            resample: tf.Tensor | int = tf.where(is_bilinear, *filters)
+        else:
+            resample = _FILTERS[self.interpolation].value
+        return _resize(image, self.size, resample, flipped), box, flipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +102,10 @@ class EvalTransform:
     crop: float = 1.0
     interpolation: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        """Raises an `InputError` if there is no such interpolation."""
+        _check_interpolation(self.interpolation, _FILTERS)
+
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image to uint8 [height, width, 3]."""
         image = _decode(encoded)
@@ -102,7 +114,7 @@ class EvalTransform:
         # The scale at which the crop, enlarged by 1/crop, just fits into the image.
         scale = tf.reduce_max(target / self.crop / shape)
         resized = tf.maximum(tf.cast(tf.round(shape * scale), tf.int32), self.size)
-        image = _resize(image, resized, self.interpolation)
+        image = _resize(image, resized, _FILTERS[self.interpolation].value)
         top, left = tf.unstack((resized - self.size) // 2)
         return tf.image.crop_to_bounding_box(image, top, left, *self.size)
 
@@ -119,7 +131,7 @@ class WholeTransform:
 
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image to uint8 [height, width, 3]."""
-        return _resize(_decode(encoded), self.size, "bicubic")
+        return _resize(_decode(encoded), self.size, _FILTERS["bicubic"].value)
 
 
 def random_crop_box(
@@ -167,6 +179,11 @@ def random_crop_box(
     return as_int[0], as_int[1], as_int[2], as_int[3]
 
 
+def _check_interpolation(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise InputError(f"unknown interpolation {name!r}{nearest(name, known)}")
+
+
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes any image format to uint8 [height, width, 3]; grey images become RGB."""
     return tf.cond(
@@ -209,6 +226,20 @@ def _decode_crop(
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
 
-def _resize(image: tf.Tensor, size: tf.Tensor | tuple[int, int], interpolation: str) -> tf.Tensor:
-    image = tf.image.resize(image, size, method=interpolation, antialias=True)
-    return tf.saturate_cast(tf.round(image), tf.uint8)
+def _resize(
+    image: tf.Tensor,
+    size: tf.Tensor | tuple[int, int],
+    resample: tf.Tensor | int,
+    flipped: tf.Tensor | bool = False,
+) -> tf.Tensor:
+    """Resizes an image uint8 [h, w, 3] by one of Pillow's filters, and flips it if asked to."""
+
+    def resize(image: np.ndarray, size: np.ndarray, resample: int, flipped: bool) -> np.ndarray:
+        height, width = size.tolist()
+        resized = Image.fromarray(image).resize((width, height), int(resample))
+        return np.asarray(resized)[:, ::-1] if flipped else np.asarray(resized)
+
+    inputs = [image, tf.cast(size, tf.int32), resample, flipped]
+    resized = tf.numpy_function(resize, inputs, tf.uint8, stateful=False)
+    known = size if isinstance(size, tuple) else (None, None)
+    return tf.ensure_shape(resized, (*known, 3))

@@ -9,6 +9,7 @@ from sklearn.datasets import load_sample_image
 
 from spvit_jax.data.augment import EvalTransform, TrainTransform, random_crop_box
 from spvit_jax.data.tensorflow import tf
+from spvit_jax.errors import InputError
 
 
 def photograph(width=640, height=427):
@@ -88,8 +89,7 @@ def test_evaluation_is_pils_resize_and_centre_crop(size, crop):
     shorter = 224 / crop / min(size)
     resized = image.resize((round(size[1] * shorter), round(size[0] * shorter)), Image.BICUBIC)
     top, left = (resized.height - 224) // 2, (resized.width - 224) // 2
-    theirs = np.asarray(resized.crop((left, top, left + 224, top + 224)), np.float32)
-    assert np.abs(ours - theirs).mean() < 1
+    np.testing.assert_array_equal(ours, resized.crop((left, top, left + 224, top + 224)))
 
 
 def test_evaluation_of_a_grey_image_that_is_not_square():
@@ -114,16 +114,36 @@ def test_a_jpeg_is_decoded_to_pillows_pixels(mode):
 
 
 @pytest.mark.parametrize("crop", [0.875, 1.0])
-def test_evaluation_of_a_jpeg_is_within_a_level_of_pillows(crop):
+def test_evaluation_of_a_jpeg_is_pillows(crop):
     """Shorter side to size / crop, bicubic with antialiasing, then the centre."""
     encoded = jpeg(photograph(500, 375))
-    ours = EvalTransform((224, 224), crop)(encoded).numpy().astype(float)
+    ours = EvalTransform((224, 224), crop)(encoded).numpy()
     short = round(224 / crop)
     size = (round(500 * short / 375), short)
     theirs = Image.open(io.BytesIO(encoded)).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-    theirs = np.asarray(theirs.crop((left, top, left + 224, top + 224)), float)
-    assert abs(ours - theirs).mean() < 1
+    np.testing.assert_array_equal(ours, theirs.crop((left, top, left + 224, top + 224)))
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "resample"), [("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)]
+)
+def test_a_training_crop_has_pillows_pixels(interpolation, resample):
+    """Of the box that it says it is; of a JPEG all but the colour at the crop's border."""
+    image = photograph(300, 220)
+    transform = TrainTransform((96, 128), interpolation=interpolation)
+    for number in range(8):
+        ours, box, flip = transform.with_box(encode(image), tf.constant([2, number], tf.int64))
+        top, left, bottom, right = np.rint(box * [220, 300, 220, 300]).astype(int).tolist()
+        theirs = np.asarray(image.crop((left, top, right, bottom)).resize((128, 96), resample))
+        np.testing.assert_array_equal(ours, theirs[:, ::-1] if flip else theirs)
+
+
+def test_interpolation_that_does_not_exist():
+    with pytest.raises(InputError, match="did you mean 'bicubic'"):
+        TrainTransform((8, 8), interpolation="bicubik")
+    with pytest.raises(InputError, match="known names are bicubic, bilinear"):
+        EvalTransform((8, 8), interpolation="random")
 
 
 def test_a_crop_is_the_same_whatever_the_format():
