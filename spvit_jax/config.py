@@ -33,7 +33,13 @@ _DURATIONS = (
     "checkpoint.every",
 )
 # What may change between the start of a run and its continuation in the same workdir.
-_FREE = ("mesh", "data.data_dir", "data.threads", "data.eval_batch_size")
+_FREE = (
+    "mesh",
+    "data.data_dir",
+    "data.threads",
+    "data.eval_batch_size",
+    "data.max_unreadable",
+)
 
 
 def base() -> ConfigDict:
@@ -81,9 +87,11 @@ def base() -> ConfigDict:
     data.data_dir = "data"  # where TFDS data sets are kept
     data.train_split = "train"  # what is trained on
     data.eval_split = "validation"  # what is evaluated on during training
+    data.minival = placeholder(object)  # held out of training as split "minival": 10000 or "1%"
     data.train_size = placeholder(object)  # examples, evenly by class: 200 or "1%"; None: all
     data.batch_size = 1024  # images per step, over all devices
     data.eval_batch_size = 1024  # images per step of evaluation
+    data.max_unreadable = 100  # damaged images of a split at which a run stops
     data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale of 0 to 1
     data.std = (0.229, 0.224, 0.225)  # likewise
     data.threads = placeholder(int)  # for decoding; None: one per core

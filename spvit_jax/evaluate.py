@@ -50,7 +50,7 @@ def evaluate_checkpoint(
       InputError: the configuration, the data or the checkpoint cannot be used.
     """
     data = config.data
-    source = datasets.load(data.dataset, split or data.eval_split, data.data_dir)
+    source = datasets.for_evaluation(data, split or data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
@@ -68,6 +68,7 @@ def evaluate_checkpoint(
             batch_size=sharding.round_up(data.eval_batch_size, mesh),
             share=pipeline.Share(jax.process_index(), jax.process_count()),
             threads=data.threads,
+            max_unreadable=data.max_unreadable,
         )
 
     with batches() as first:  # compiles, so that it does not count

@@ -107,7 +107,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
       InputError: the configuration, the data or the checkpoint cannot be used.
     """
     data = config.data
-    source = datasets.load(data.dataset, data.eval_split, data.data_dir)
+    source = datasets.for_evaluation(data, data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     found, model_config = weights.find_fitting(path, model_config)
     model = found.load(model_config, sharding.make_mesh(-1, 1)).model()

@@ -21,6 +21,7 @@ from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
@@ -49,13 +50,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
       FloatingPointError: the loss is no longer a number.
     """
     # ── Data: what there is ──────────────────────────────────────────────────────────────────────
-    train_source = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
-    eval_source = datasets.load(config.data.dataset, config.data.eval_split, config.data.data_dir)
-    label_maps = _open_label_maps(config, train_source)
-    if config.data.train_size is not None:
-        train_source = datasets.balanced_subset(
-            train_source, config.data.train_size, seed=config.seed
-        )
+    whole = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
+    label_maps = _open_label_maps(config, whole)
+    train_source = datasets.for_training(whole, config.data, seed=config.seed)
+    eval_source = datasets.for_evaluation(config.data, config.data.eval_split)
 
     # ── Configuration: durations become steps, and everything is checked ─────────────────────────
     config = config_lib.resolve(config, num_examples=len(train_source))
@@ -116,6 +114,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         label_maps=label_maps,
         share=share,
         threads=config.data.threads,
+        max_unreadable=config.data.max_unreadable,
     )
     eval_batches = functools.partial(
         pipeline.eval_batches,
@@ -124,6 +123,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         batch_size=eval_batch_size,
         share=share,
         threads=config.data.threads,
+        max_unreadable=config.data.max_unreadable,
     )
 
     if not dry_run:
@@ -206,7 +206,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     return step == total_steps
 
 
-def _open_label_maps(config: ConfigDict, source: datasets.Source) -> LabelMaps | None:
+def _open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
     """Opens the token labels that the configuration names, if it does."""
     if not config.token_labels.path:
         return None

@@ -1,56 +1,26 @@
-"""What data exists: the embedded digits, any TFDS data set, or a folder of images.
+"""What data exists by name, and which part of it a run uses.
 
-Each is a `Source`: a number of examples that can be read in any order by their index, as encoded
-images and labels. Which examples make up which batch is decided in `pipeline.py`.
+The embedded digits, any TFDS data set, or a folder of images; of them a split, what is held out of
+it, or a few examples of each class. How they are read is in `sources.py`, and which of them make up
+which batch in `pipeline.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import pathlib
-from collections.abc import Iterator
-from typing import Any, Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
-from spvit_jax.data.digits import Digits
-from spvit_jax.errors import InputError, nearest
+from spvit_jax.data.sources import FolderSource, Source, Subset, TfdsSource
+from spvit_jax.errors import InputError
 
-_IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif"})
-
-
-class Source(Protocol):
-    """Examples by index: the encoded images and their labels.
-
-    Attributes:
-      num_classes: C; labels are in 0 … C-1.
-    """
-
-    num_classes: int
-
-    def __len__(self) -> int: ...
-
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the places [n] of examples [n] in the whole split, as label maps count them."""
-        ...
-
-    def file_names(self, indices: np.ndarray) -> list[str]:
-        """Returns the names of the files that examples [n] were made of.
-
-        Raises:
-          InputError: they are not known.
-        """
-        ...
-
-    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """Returns the encoded images and the labels [n] int32 of examples [n]; thread safe."""
-        ...
+MINIVAL = "minival"  # the name of what data.minival holds out of training
+_MINIVAL_SEED = 0  # not the run's: runs with other seeds are compared on the same images
 
 
 def load(name: str, split: str, data_dir: str) -> Source:
-    """Opens one split of a data set, and prepares the data set first if need be.
+    """Opens one split of a data set, and prepares the data set first where that needs no help.
 
     Args:
       name: "digits", the name of any TFDS data set of images with labels, or "folder:PATH" for
@@ -66,142 +36,60 @@ def load(name: str, split: str, data_dir: str) -> Source:
     return TfdsSource(name, split, data_dir)
 
 
-class TfdsSource:
-    """A split of a TFDS data set, read at random from ArrayRecord files."""
+def for_evaluation(data: ConfigDict, split: str) -> Source:
+    """Opens what a configuration's models are evaluated on.
 
-    def __init__(self, name: str, split: str, data_dir: str):
-        builder = _prepared_builder(name, data_dir)
-        features = builder.info.features
-        if "image" not in features or "label" not in features:
-            raise InputError(
-                f"data set {name!r} has the features {', '.join(features)}; "
-                "expected 'image' and 'label' among them"
-            )
-        self.num_classes = features["label"].num_classes
-        try:
-            self._records: Any = builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-        except (ValueError, KeyError) as error:
-            splits = ", ".join(builder.info.splits)
-            raise InputError(
-                f"cannot open split {split!r} of data set {name!r}, which has {splits}: {error}"
-            ) from error
-        if not len(self._records):
-            raise InputError(f"split {split!r} of data set {name!r} in {data_dir} is empty")
+    Args:
+      data: the section of the configuration.
+      split: as `load`, or "minival" for what `data.minival` holds out of `data.train_split`.
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        return indices
-
-    def file_names(self, indices: np.ndarray) -> list[str]:
-        records = self._records.__getitems__(indices.tolist())
-        if "file_name" not in records[0]:
-            raise InputError("the data set does not say from which files its images are")
-        return [record["file_name"].decode() for record in records]
-
-    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        records = self._records.__getitems__(indices.tolist())
-        labels = np.array([record["label"] for record in records], np.int32)
-        return [record["image"] for record in records], labels
-
-
-def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a data set that is on disk in ArrayRecord files, or is put there."""
-    try:
-        builder = _builder(name, data_dir)
-        if not builder.is_prepared():
-            with _only_one_process(pathlib.Path(data_dir)):
-                builder = _builder(name, data_dir)
-                builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:
-        hint = nearest(name, tfds.list_builders())
-        raise InputError(f"unknown data set {name!r}{hint}") from error
-    except (OSError, AssertionError, ValueError) as error:
-        raise InputError(
-            f"data set {name!r} is not in {data_dir} and cannot be prepared there: {error}"
-        ) from error
-    return builder
-
-
-def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    if name == Digits.name:
-        return Digits(data_dir=data_dir, file_format="array_record")
-    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-
-
-@contextlib.contextmanager
-def _only_one_process(directory: pathlib.Path) -> Iterator[None]:
-    """Holds a lock in a directory, so that of several processes one prepares and the rest find."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class FolderSource:
-    """A folder of images as PyTorch users keep it: `root/split/class/*.jpeg`.
-
-    Classes are numbered in the order of their folders' names.
+    Raises:
+      InputError: as `load`; or nothing is held out.
     """
-
-    def __init__(self, root: pathlib.Path, split: str):
-        directory = root / split
-        if not directory.is_dir():
-            raise InputError(f"{directory} is not a folder; expected {root}/SPLIT/CLASS/IMAGE")
-        classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
-        self.num_classes = len(classes)
-        self._files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((directory / name).iterdir())
-            if path.suffix.lower() in _IMAGE_SUFFIXES
-        ]
-        if not self._files:
-            raise InputError(
-                f"{directory} holds no images; expected {directory}/CLASS/IMAGE "
-                f"with one of the endings {', '.join(sorted(_IMAGE_SUFFIXES))}"
-            )
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        return indices
-
-    def file_names(self, indices: np.ndarray) -> list[str]:
-        return [self._files[index][0].name for index in indices.tolist()]
-
-    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        files = [self._files[index] for index in indices.tolist()]
-        labels = np.array([label for _, label in files], np.int32)
-        return [path.read_bytes() for path, _ in files], labels
+    if split != MINIVAL:
+        return load(data.dataset, split, data.data_dir)
+    if data.minival is None:
+        raise InputError(
+            f"split {MINIVAL!r} is what is held out of training, and nothing is; say how much, for "
+            "example --config.data.minival=1%"
+        )
+    return balanced_subset(
+        load(data.dataset, data.train_split, data.data_dir),
+        data.minival,
+        seed=_MINIVAL_SEED,
+        field="minival",
+    )
 
 
-class Subset:
-    """Some of the examples of another source."""
+def for_training(source: Source, data: ConfigDict, seed: int) -> Source:
+    """Returns the part of a training split that a configuration trains on.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.num_classes = source.num_classes
-        self._source = source
-        self._indices = indices
+    Args:
+      source: the whole split.
+      data: the section of the configuration: without `minival`, and of the rest `train_size`.
+      seed: of the draw of `train_size`.
 
-    def __len__(self) -> int:
-        return len(self._indices)
+    Raises:
+      InputError: there are not so many examples, or they have several labels each.
+    """
+    if source.several_labels:
+        raise InputError(
+            f"data set {data.dataset!r} has several labels for an image; it is for evaluation"
+        )
+    if data.minival is not None:
+        held_out = balanced_subset(source, data.minival, seed=_MINIVAL_SEED, field="minival")
+        rest = np.setdiff1d(np.arange(len(source)), held_out.places(np.arange(len(held_out))))
+        if not len(rest):
+            raise InputError(f"minival is {data.minival}, and leaves nothing to train on")
+        source = Subset(source, rest)
+    if data.train_size is not None:
+        source = balanced_subset(source, data.train_size, seed=seed)
+    return source
 
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        return self._source.places(self._indices[indices])
 
-    def file_names(self, indices: np.ndarray) -> list[str]:
-        return self._source.file_names(self._indices[indices])
-
-    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        return self._source.fetch(self._indices[indices])
-
-
-def balanced_subset(source: Source, size: int | str, seed: int) -> Source:
+def balanced_subset(
+    source: Source, size: int | str, seed: int, *, field: str = "train_size"
+) -> Source:
     """Draws `size` examples at random, as many of each class as can be.
 
     Args:
@@ -209,17 +97,18 @@ def balanced_subset(source: Source, size: int | str, seed: int) -> Source:
       size: number of examples, or a share of them such as "10%"; a class with too few gives all
         it has and the rest fill up.
       seed: of the draw; smaller subsets of the same seed are part of larger ones.
+      field: what the size is called in messages.
 
     Raises:
       InputError: size cannot be read or is not between 1 and the number of examples.
     """
-    size = _number_of(size, len(source))
+    size = _number_of(size, len(source), field)
     if not 1 <= size <= len(source):
         raise InputError(
-            f"train_size is {size}; expected 1 to {len(source)}, the number of training examples"
+            f"{field} is {size}; expected 1 to {len(source)}, the number of training examples"
         )
     order = np.random.default_rng(seed).permutation(len(source))
-    labels = source.fetch(order)[1]
+    labels = source.labels()[order]
     # The k-th example of its class comes before any (k+1)-th one.
     by_class = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[by_class], labels[by_class])
@@ -228,7 +117,7 @@ def balanced_subset(source: Source, size: int | str, seed: int) -> Source:
     return Subset(source, order[np.argsort(rank, kind="stable")[:size]])
 
 
-def _number_of(size: int | str, total: int) -> int:
+def _number_of(size: int | str, total: int, field: str) -> int:
     """Returns a number of examples, given as such or as a percentage of the total."""
     if isinstance(size, int):
         return size
@@ -236,5 +125,5 @@ def _number_of(size: int | str, total: int) -> int:
         return round(total * float(size.removesuffix("%")) / 100) if size[-1:] == "%" else int(size)
     except (ValueError, OverflowError) as error:
         raise InputError(
-            f"train_size is {size!r}; expected a number of examples, or a share such as '10%'"
+            f"{field} is {size!r}; expected a number of examples, or a share such as '10%'"
         ) from error

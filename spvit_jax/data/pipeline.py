@@ -15,13 +15,14 @@ from typing import Self
 import numpy as np
 
 from spvit_jax.data.augment import EvalTransform, TrainTransform, WholeTransform
-from spvit_jax.data.datasets import Source
+from spvit_jax.data.faults import Faults
+from spvit_jax.data.sources import Source
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-Example = dict[str, tf.Tensor]  # as it was fetched: `encoded`, `label`, and perhaps `label_map`
+Example = dict[str, tf.Tensor]  # as it was fetched: see `_Reader._fields`
 
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
@@ -53,19 +54,32 @@ class Share:
 
 
 class BatchIterator(Iterator[Batch]):
-    """NumPy batches of a tf.data pipeline; a context manager that ends its threads.
+    """NumPy batches from a step on; a context manager that ends the threads behind them.
+
+    An example that cannot be read costs itself alone: another is read in its place.
 
     A live tf.data iterator over Python code can hang the interpreter at exit, so whoever makes
     one closes it.
     """
 
-    def __init__(self, dataset: tf.data.Dataset):
-        self._iterator: Iterator[Batch] | None = dataset.as_numpy_iterator()
+    def __init__(self, reader: _Reader, start: int, stop: int):
+        """Reads the batches of steps start … stop-1."""
+        self._reader, self._step, self._stop = reader, start, stop
+        self._iterator: Iterator[Batch] | None = reader.batches(start, stop)
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            raise StopIteration
-        return next(self._iterator)
+        while self._iterator is not None:
+            try:
+                batch = next(self._iterator)
+            except tf.errors.OpError:
+                self._iterator = None
+                if not self._reader.mend(self._step):
+                    raise
+                self._iterator = self._reader.batches(self._step, self._stop)
+            else:
+                self._step += 1
+                return batch
+        raise StopIteration
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +99,7 @@ def train_batches(
     label_maps: LabelMaps | None = None,
     share: Share = Share(),
     threads: int | None = None,
+    max_unreadable: int = 0,
 ) -> BatchIterator:
     """Returns the endless batches of training from a step on.
 
@@ -100,6 +115,8 @@ def train_batches(
       label_maps: of the whole split, to go with the images.
       share: which part of each batch this process reads.
       threads: for decoding; None for one per core. The batches do not depend on it.
+      max_unreadable: how many examples may turn out damaged; in the place of one the next in the
+        source is read.
 
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
@@ -108,15 +125,16 @@ def train_batches(
       `TrainTransform.with_box` returns them.
 
     Raises:
-      InputError: the batch size is not a multiple of the number of processes.
+      InputError: the batch size is not a multiple of the number of processes; later, in the
+        iterator: too many examples cannot be read.
     """
     local = share.of(batch_size)
 
-    def make(example: Example, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
+    def make(example: Example, ordinal: tf.Tensor) -> dict:
         image, box, flip = transform.with_box(
             example["encoded"], tf.stack([tf.constant(seed, tf.int64), ordinal])
         )
-        made = {"image": image, "label": example["label"], "index": index}
+        made = {"image": image, "label": example["label"], "index": example["index"]}
         if label_maps is not None:
             made |= {"label_map": example["label_map"], "box": box, "flip": flip}
         return made
@@ -125,8 +143,9 @@ def train_batches(
         ordinal = share.ordinals(step, batch_size)
         return shuffled_index(ordinal // repeats, len(source), seed), ordinal
 
-    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-    return BatchIterator(_read(source, label_maps, steps.map(locate), make, local, threads))
+    faults = Faults(source, max_unreadable)
+    reader = _Reader(source, label_maps, locate, make, local, threads, faults)
+    return BatchIterator(reader, start_step, np.iinfo(np.int64).max)
 
 
 def eval_batches(
@@ -136,6 +155,7 @@ def eval_batches(
     batch_size: int,
     share: Share = Share(),
     threads: int | None = None,
+    max_unreadable: int = 0,
 ) -> BatchIterator:
     """Returns batches in which each example occurs once, with a mask over what fills up the last.
 
@@ -145,27 +165,34 @@ def eval_batches(
       batch_size: of the global batch, a multiple of the number of processes.
       share: which part of each batch this process reads; all get the same number of batches.
       threads: as in `train_batches`.
+      max_unreadable: how many examples may turn out damaged; their mask is 0.
 
     Returns:
-      Batches of `image` uint8 [b, height, width, 3], `label` int32 [b], `index` int64 [b] and
-      `mask` float32 [b], 1 for an example and 0 for padding.
+      Batches of `image` uint8 [b, height, width, 3], `label` (int32 [b], or uint8 [b, C] where an
+      image may have several), `index` int64 [b] and `mask` float32 [b], 1 for an example and 0
+      for padding.
 
     Raises:
-      InputError: the batch size is not a multiple of the number of processes.
+      InputError: the batch size is not a multiple of the number of processes; later, in the
+        iterator: too many examples cannot be read.
     """
     local, total = share.of(batch_size), len(source)
 
-    def make(example: Example, index: tf.Tensor, ordinal: tf.Tensor) -> dict:
-        mask = tf.cast(ordinal < total, tf.float32)
-        image = transform(example["encoded"])
-        return {"image": image, "label": example["label"], "index": index, "mask": mask}
+    def make(example: Example, ordinal: tf.Tensor) -> dict:
+        return {
+            "image": transform(example["encoded"]),
+            "label": example["label"],
+            "index": example["index"],
+            "mask": tf.cast((ordinal < total) & example["intact"], tf.float32),
+        }
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = share.ordinals(step, batch_size)
         return tf.minimum(ordinal, total - 1), ordinal
 
-    steps = tf.data.Dataset.range(-(-total // batch_size))
-    return BatchIterator(_read(source, None, steps.map(locate), make, local, threads))
+    faults = Faults(source, max_unreadable)
+    reader = _Reader(source, None, locate, make, local, threads, faults)
+    return BatchIterator(reader, 0, -(-total // batch_size))
 
 
 def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
@@ -185,42 +212,107 @@ def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
     return tf.raw_ops.RandomIndexShuffle(index=position, seed=seeds, max_index=(total - 1) * same)
 
 
-def _read(
-    source: Source,
-    label_maps: LabelMaps | None,
-    located: tf.data.Dataset,
-    make: Callable[[Example, tf.Tensor, tf.Tensor], dict],
-    batch_size: int,
-    threads: int | None,
-) -> tf.data.Dataset:
-    """Reads the examples at (indices [b], ordinals [b]) and makes a batch of each such pair."""
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads examples and makes batches of them.
 
-    # Name, dtype and shape of what is fetched for each example.
-    fields = [("encoded", tf.string, ()), ("label", tf.int32, ())]
-    if label_maps is not None:
-        fields.append(("label_map", tf.float16, (2, *label_maps.shape)))
+    Attributes:
+      source: of the examples.
+      label_maps: to be fetched with them, or None.
+      locate: from a step to the examples' indices and ordinals, int64 [b] each.
+      make: from an example and its ordinal to what it becomes in a batch.
+      batch_size: b, of this process.
+      threads: for decoding; None for one per core.
+      faults: counts the examples that cannot be read.
+      stand_ins: from the ordinal of such an example to the index of the one read in its place:
+        the next in the source that can be. A function of the ordinal alone, found when it fails.
+    """
 
-    def fetch(indices: np.ndarray) -> tuple[np.ndarray, ...]:
-        images, labels = source.fetch(indices)
-        fetched = np.array(images, object), labels
-        if label_maps is None:
+    source: Source
+    label_maps: LabelMaps | None
+    locate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+    make: Callable[[Example, tf.Tensor], dict]
+    batch_size: int
+    threads: int | None
+    faults: Faults
+    stand_ins: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def _fields(self) -> list[tuple[str, tf.DType, tuple[int, ...]]]:
+        """Name, dtype and shape of what is fetched for each example."""
+        several = self.source.several_labels
+        label = (tf.uint8, (self.source.num_classes,)) if several else (tf.int32, ())
+        fields = [
+            ("index", tf.int64, ()),
+            ("intact", tf.bool, ()),
+            ("encoded", tf.string, ()),
+            ("label", *label),
+        ]
+        if self.label_maps is not None:
+            fields.append(("label_map", tf.float16, (2, *self.label_maps.shape)))
+        return fields
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Returns the batches of steps start … stop-1."""
+
+        def read(indices: tf.Tensor, ordinals: tf.Tensor) -> tuple[Example, tf.Tensor]:
+            dtypes = [dtype for _, dtype, _ in self._fields]
+            fetched = tf.numpy_function(self._fetch, [indices, ordinals], dtypes, stateful=False)
+            example = {
+                name: tf.ensure_shape(value, [self.batch_size, *shape])
+                for (name, _, shape), value in zip(self._fields, fetched, strict=True)
+            }
+            return example, ordinals
+
+        parallel = self.threads or os.cpu_count() or 1
+        located = tf.data.Dataset.range(start, stop).map(self.locate)
+        examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()
+        made = examples.map(self.make, num_parallel_calls=parallel, deterministic=True)
+        batches = made.batch(self.batch_size, drop_remainder=True).prefetch(2)
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = parallel
+        options.autotune.enabled = False  # its thread can take a minute to end with the iterator
+        return batches.with_options(options).as_numpy_iterator()
+
+    def mend(self, step: int) -> bool:
+        """Finds which examples of a step cannot be read, and others to stand in for them.
+
+        Returns:
+          Whether there were any.
+
+        Raises:
+          InputError: there are too many by now.
+        """
+        found = False
+        indices, ordinals = self.locate(tf.constant(step, tf.int64))
+        for index, ordinal in zip(indices.numpy().tolist(), ordinals.numpy().tolist(), strict=True):
+            candidate = self.stand_ins.get(ordinal, index)
+            while (error := self._error_of(candidate, ordinal)) is not None:
+                self.faults.note(candidate, error)
+                candidate = (candidate + 1) % len(self.source)
+                self.stand_ins[ordinal] = candidate
+                found = True
+        return found
+
+    def _error_of(self, index: int, ordinal: int) -> Exception | None:
+        """Returns why an example cannot be read, or None if it can."""
+        try:
+            fetched = self._fetch(np.array([index]), np.array([ordinal]))
+            names = [name for name, _, _ in self._fields]
+            example = {name: value[0] for name, value in zip(names, fetched, strict=True)}
+            self.make(example, tf.constant(ordinal, tf.int64))
+        except (tf.errors.OpError, OSError, ValueError, RuntimeError) as error:
+            return error
+        return None
+
+    def _fetch(self, indices: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns the fields of the examples to read at these ordinals."""
+        wanted = indices
+        if self.stand_ins:
+            pairs = zip(ordinals.tolist(), indices.tolist(), strict=True)
+            wanted = np.array([self.stand_ins.get(ordinal, index) for ordinal, index in pairs])
+        images, labels = self.source.fetch(wanted)
+        fetched = wanted, wanted == indices, np.array(images, object), labels
+        if self.label_maps is None:
             return fetched
-        return *fetched, label_maps.fetch(source.places(indices), labels)
-
-    def read(indices: tf.Tensor, ordinal: tf.Tensor) -> tuple[Example, tf.Tensor, tf.Tensor]:
-        dtypes = [dtype for _, dtype, _ in fields]
-        fetched = tf.numpy_function(fetch, [indices], dtypes, stateful=False)
-        example = {
-            name: tf.ensure_shape(value, [batch_size, *shape])
-            for (name, _, shape), value in zip(fields, fetched, strict=True)
-        }
-        return example, indices, ordinal
-
-    parallel = threads or os.cpu_count() or 1
-    examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()
-    made = examples.map(make, num_parallel_calls=parallel, deterministic=True)
-    batches = made.batch(batch_size, drop_remainder=True).prefetch(2)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = parallel
-    options.autotune.enabled = False  # its thread can take a minute to end with the iterator
-    return batches.with_options(options)
+        return *fetched, self.label_maps.fetch(self.source.places(wanted), labels)

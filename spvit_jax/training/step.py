@@ -137,16 +137,26 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
     Args:
       model: the weights.
       batch: `image` uint8 [B, h, w, 3], `label` int32 [B] and `mask` float32 [B], 0 for padding.
+        Labels may be uint8 [B, C], 1 for each that is right (ImageNet-ReaL, arXiv 2006.07159);
+        an image without any does not count.
       recipe: static settings; only how to normalise is used.
 
     Returns:
-      (sum, count) of `loss` (cross-entropy with the label), `top1` and `top5`.
+      (sum, count) of `loss` (cross-entropy with the label, or with all right ones evenly), `top1`
+      and `top5`.
     """
     images = recipe.transform.normalize(batch["image"])
     logits = model.model().outputs(images).evaluation_logits()
     labels, mask = batch["label"], batch["mask"]
-    ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    if labels.ndim == 1:
+        ranked = best == labels[:, None]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    else:
+        ranked = jnp.take_along_axis(labels, best, axis=1) > 0
+        right = labels.sum(axis=1, keepdims=True, dtype=jnp.float32)
+        loss = optax.softmax_cross_entropy(logits, labels / jnp.maximum(right, 1))
+        mask = mask * (right[:, 0] > 0)
     values = {"loss": loss, "top1": ranked[:, 0], "top5": ranked.any(axis=1)}
     count = mask.sum()
     return {name: ((value * mask).sum(), count) for name, value in values.items()}

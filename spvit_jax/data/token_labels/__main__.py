@@ -22,6 +22,7 @@ from spvit_jax import cli, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import WholeTransform
+from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps, write
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.interop import files
@@ -50,9 +51,11 @@ def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | N
 
 
 def predicted(
-    config: config_lib.ConfigDict, path: pathlib.Path, source: datasets.Source
-) -> Iterator[np.ndarray]:
+    config: config_lib.ConfigDict, path: pathlib.Path, source: Source
+) -> Iterator[np.ndarray | None]:
     """Yields the label map of each image that a model with a dense head makes of the whole image.
+
+    An image that cannot be read has none.
 
     Raises:
       InputError: the model has no dense head, or its weights cannot be used.
@@ -73,11 +76,18 @@ def predicted(
         maps = jnp.stack([values, classes.astype(values.dtype)], axis=1)  # [B, 2, N, K]
         return maps.transpose(0, 1, 3, 2).reshape(len(images), 2, kept, *model.grid)
 
+    missing = len(source)
     with pipeline.eval_batches(
-        source, WholeTransform(model.image_shape), batch_size=config.data.eval_batch_size
+        source,
+        WholeTransform(model.image_shape),
+        batch_size=config.data.eval_batch_size,
+        max_unreadable=config.data.max_unreadable,
     ) as batches:
         for batch in batches:
-            yield from np.asarray(best(jnp.asarray(batch["image"])))[batch["mask"] > 0]
+            made = np.asarray(best(jnp.asarray(batch["image"])))[:missing]
+            missing -= len(made)
+            readable = batch["mask"][: len(made)] > 0
+            yield from (one if ok else None for one, ok in zip(made, readable, strict=True))
 
 
 def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
@@ -165,7 +175,7 @@ def _show() -> None:
     cli.run(run)
 
 
-def _source_flags() -> cli.Getter[datasets.Source]:
+def _source_flags() -> cli.Getter[Source]:
     name = flags.DEFINE_string("dataset", "imagenet2012", "As data.dataset of a configuration.")
     split = flags.DEFINE_string("split", "train", "Of the data set.")
     data_dir = flags.DEFINE_string("data_dir", "data", "Where TFDS data sets are kept.")
@@ -180,7 +190,7 @@ def _output_flag(text: str) -> cli.Getter[pathlib.Path]:
 def _write(
     path: pathlib.Path,
     maps: Iterator[np.ndarray | None],
-    images: datasets.Source,
+    images: Source,
     num_classes: int,
     made_of: str,
 ) -> None:
