@@ -79,12 +79,11 @@ class TrainTransform:
             encoded, lambda shape: random_crop_box(shape, crop_seed, self.scale, self.ratio)
         )
         flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
-        if self.interpolation == "random":
-            is_bilinear = tf.random.stateless_uniform([], interpolation_seed) < 0.5
-            filters = _FILTERS["bilinear"].value, _FILTERS["bicubic"].value
-            resample: tf.Tensor | int = tf.where(is_bilinear, *filters)
-        else:
-            resample = _FILTERS[self.interpolation].value
+        names = list(_FILTERS) if self.interpolation == "random" else [self.interpolation]
+        chosen = tf.random.stateless_uniform(
+            [], interpolation_seed, maxval=len(names), dtype=tf.int32
+        )
+        resample = tf.constant([_FILTERS[name].value for name in names])[chosen]
         return _resize(image, self.size, resample, flipped), box, flipped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from spvit_jax.data.sources import Source
 from spvit_jax.errors import InputError
 
 _NAMED = 10  # files that the last message names
+
+_NODES = re.compile(r"\{\{.*?\}\}|\[Op:.*?\]")  # where in its graph TensorFlow failed
 
 log = logging.getLogger("spvit_jax.data")
 
@@ -39,9 +42,9 @@ class Faults:
         if index in self._names:
             return
         name = self._names[index] = self._name_of(index)
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = _NODES.sub("", str(error)).strip().partition("\n")[0][:200]
         log.warning("unreadable      %s: %s", name, reason or type(error).__name__)
-        if self.count > self._limit:
+        if self.count > self._limit or self.count == len(self._source):
             names = list(self._names.values())
             rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             raise InputError(

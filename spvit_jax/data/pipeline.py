@@ -24,6 +24,7 @@ from spvit_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 Example = dict[str, tf.Tensor]  # as it was fetched: see `_Reader._fields`
 
+_UNREADABLE = (OSError, ValueError, RuntimeError)  # what sources raise; the last is ArrayRecord's
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
 
@@ -71,14 +72,14 @@ class BatchIterator(Iterator[Batch]):
         while self._iterator is not None:
             try:
                 batch = next(self._iterator)
-            except tf.errors.OpError:
-                self._iterator = None
-                if not self._reader.mend(self._step):
-                    raise
-                self._iterator = self._reader.batches(self._step, self._stop)
-            else:
                 self._step += 1
                 return batch
+            except tf.errors.OpError as error:
+                self._iterator = None
+                failure = error.with_traceback(None)  # whose frames would keep the iterator alive
+            if not self._reader.mend(self._step):
+                raise failure
+            self._iterator = self._reader.batches(self._step, self._stop)
         raise StopIteration
 
     def __enter__(self) -> Self:
@@ -255,9 +256,26 @@ class _Reader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Returns the batches of steps start … stop-1."""
 
+        def fetch(indices: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, ...]:
+            wanted = indices
+            if self.stand_ins:
+                pairs = zip(ordinals.tolist(), indices.tolist(), strict=True)
+                wanted = np.array([self.stand_ins.get(ordinal, index) for ordinal, index in pairs])
+            try:
+                return self._fetch(wanted, wanted == indices)
+            except _UNREADABLE:  # none can be decoded then, and `mend` finds out which it was
+                return tuple(
+                    np.full(
+                        (len(indices), *shape),
+                        b"" if dtype == tf.string else 0,
+                        dtype.as_numpy_dtype,
+                    )
+                    for _, dtype, shape in self._fields
+                )
+
         def read(indices: tf.Tensor, ordinals: tf.Tensor) -> tuple[Example, tf.Tensor]:
             dtypes = [dtype for _, dtype, _ in self._fields]
-            fetched = tf.numpy_function(self._fetch, [indices, ordinals], dtypes, stateful=False)
+            fetched = tf.numpy_function(fetch, [indices, ordinals], dtypes, stateful=False)
             example = {
                 name: tf.ensure_shape(value, [self.batch_size, *shape])
                 for (name, _, shape), value in zip(self._fields, fetched, strict=True)
@@ -283,36 +301,37 @@ class _Reader:
         Raises:
           InputError: there are too many by now.
         """
-        found = False
+        found, quick = False, tf.function(self.make)
         indices, ordinals = self.locate(tf.constant(step, tf.int64))
         for index, ordinal in zip(indices.numpy().tolist(), ordinals.numpy().tolist(), strict=True):
             candidate = self.stand_ins.get(ordinal, index)
-            while (error := self._error_of(candidate, ordinal)) is not None:
-                self.faults.note(candidate, error)
+            while (error := self._error_of(candidate, ordinal, quick)) is not None:
+                # The error of a graph is a page long; the same outside of one is a line.
+                self.faults.note(candidate, self._error_of(candidate, ordinal, self.make) or error)
                 candidate = (candidate + 1) % len(self.source)
                 self.stand_ins[ordinal] = candidate
                 found = True
         return found
 
-    def _error_of(self, index: int, ordinal: int) -> Exception | None:
+    def _error_of(
+        self, index: int, ordinal: int, make: Callable[[Example, tf.Tensor], dict]
+    ) -> Exception | None:
         """Returns why an example cannot be read, or None if it can."""
         try:
-            fetched = self._fetch(np.array([index]), np.array([ordinal]))
-            names = [name for name, _, _ in self._fields]
-            example = {name: value[0] for name, value in zip(names, fetched, strict=True)}
-            self.make(example, tf.constant(ordinal, tf.int64))
-        except (tf.errors.OpError, OSError, ValueError, RuntimeError) as error:
+            fetched = self._fetch(np.array([index]), np.array([True]))
+            example = {
+                name: tf.constant(value[0], dtype)
+                for (name, dtype, _), value in zip(self._fields, fetched, strict=True)
+            }
+            make(example, tf.constant(ordinal, tf.int64))
+        except (tf.errors.OpError, *_UNREADABLE) as error:
             return error
         return None
 
-    def _fetch(self, indices: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the fields of the examples to read at these ordinals."""
-        wanted = indices
-        if self.stand_ins:
-            pairs = zip(ordinals.tolist(), indices.tolist(), strict=True)
-            wanted = np.array([self.stand_ins.get(ordinal, index) for ordinal, index in pairs])
-        images, labels = self.source.fetch(wanted)
-        fetched = wanted, wanted == indices, np.array(images, object), labels
+    def _fetch(self, indices: np.ndarray, intact: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns the fields of examples [n], which are the ones that were asked for or not."""
+        images, labels = self.source.fetch(indices)
+        fetched = indices, intact, np.array(images, object), labels
         if self.label_maps is None:
             return fetched
-        return *fetched, self.label_maps.fetch(self.source.places(wanted), labels)
+        return *fetched, self.label_maps.fetch(self.source.places(indices), labels)

@@ -1,12 +1,14 @@
 """What the sources hold: the digits, a folder of images, subsets, and their errors."""
 
 import collections
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from spvit_jax import config as config_lib
 from spvit_jax.data import datasets
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
@@ -82,7 +84,7 @@ def test_folder_of_images(tmp_path):
         ("digit", "train", "did you mean 'digits'"),
         ("digits", "validation", "'validation'.*which has .*test"),
         ("folder:/nowhere", "train", "not a folder"),
-        ("imagenet2012", "train", "cannot be prepared"),
+        ("imagenet2012", "train", r"python -m spvit_jax\.data\.prepare --dataset=imagenet2012"),
     ],
 )
 def test_data_that_is_not_there(name, split, words, data_dir):
@@ -122,3 +124,48 @@ def test_subset_of_a_size_that_cannot_be_read(size, data_dir):
 def test_subset_of_impossible_size(size, data_dir):
     with pytest.raises(InputError, match="expected 1 to 1297"):
         datasets.balanced_subset(datasets.load("digits", "train", data_dir), size, 0)
+
+
+def data_of(data_dir, **fields):
+    data = config_lib.base().data
+    data.update(dataset="digits", data_dir=str(data_dir), **fields)
+    return data
+
+
+@pytest.mark.parametrize("size", [100, "10%"])
+def test_minival_is_held_out_of_training(size, data_dir):
+    """Balanced, the same for every seed, and with training the whole split."""
+    data = data_of(data_dir, minival=size)
+    whole = datasets.load("digits", "train", str(data_dir))
+    held_out = datasets.for_evaluation(data, "minival")
+    rest = datasets.for_training(whole, data, seed=5)
+    assert len(held_out) == (100 if size == 100 else 130)
+    per_class = np.bincount(held_out.labels(), minlength=10)
+    assert per_class.max() - per_class.min() <= 1
+    places = [part.places(np.arange(len(part))).tolist() for part in (held_out, rest)]
+    assert sorted(places[0] + places[1]) == list(range(1297))
+    np.testing.assert_array_equal(rest.labels(), rest.fetch(np.arange(len(rest)))[1])
+
+    few = datasets.for_training(whole, data_of(data_dir, minival=size, train_size=50), seed=5)
+    assert set(few.places(np.arange(50)).tolist()) <= set(places[1])
+
+
+def test_minival_that_is_not_there(data_dir):
+    with pytest.raises(InputError, match=r"say how much, for example --config\.data\.minival"):
+        datasets.for_evaluation(data_of(data_dir), "minival")
+    whole = datasets.load("digits", "train", str(data_dir))
+    with pytest.raises(InputError, match="minival is 2000; expected 1 to 1297"):
+        datasets.for_training(whole, data_of(data_dir, minival=2000), seed=0)
+    with pytest.raises(InputError, match="leaves nothing to train on"):
+        datasets.for_training(whole, data_of(data_dir, minival="100%"), seed=0)
+
+
+def test_labels_are_written_beside_the_records_once(data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "data")
+    for path in copy.rglob("labels-*.npy"):
+        path.unlink()
+    source = datasets.load("digits", "train", str(copy))
+    expected = source.fetch(np.arange(1297))[1]
+    np.testing.assert_array_equal(source.labels(), expected)
+    (path,) = copy.rglob("labels-train.npy")
+    np.testing.assert_array_equal(np.load(path), expected)
