@@ -75,9 +75,7 @@ class TrainTransform:
         """
         seeds = tf.random.experimental.stateless_split(seed, 3)
         crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
-        image, box = _decode_crop(
-            encoded, lambda shape: random_crop_box(shape, crop_seed, self.scale, self.ratio)
-        )
+        image, box = self.crop(encoded, crop_seed)
         flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
         names = list(_FILTERS) if self.interpolation == "random" else [self.interpolation]
         chosen = tf.random.stateless_uniform(
@@ -85,6 +83,12 @@ class TrainTransform:
         )
         resample = tf.constant([_FILTERS[name].value for name in names])[chosen]
         return _resize(image, self.size, resample, flipped), box, flipped
+
+    def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns a random crop uint8 [h, w, 3] in its own size, and its box as `with_box`."""
+        return _decode_crop(
+            encoded, lambda shape: random_crop_box(shape, seed, self.scale, self.ratio)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
