@@ -10,17 +10,14 @@ Runs that are complete are not repeated.
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import itertools
 import json
-import os
 import pathlib
-import queue
-import statistics
-import subprocess
-import sys
 
 from absl import app, flags
+
+from benchmarks import runs
 
 MODELS = ("vit", "lvvit", "spvit", "mait")
 SIZES = (100, 300, 1297)
@@ -30,52 +27,12 @@ STEPS = 640  # of 64 images, whatever the training size
 Run = tuple[str, int, int]  # model, training size, seed
 
 
-def accuracy(run: Run, output: pathlib.Path, core: int) -> float:
-    """Trains one model on one core unless that is done, and returns its final test accuracy."""
+def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
+    """Trains one model unless that is done, and returns its final test accuracy."""
     model, size, seed = run
+    config = f"--config=configs/digits.py:model={model},train_size={size}"
     workdir = output / f"{model}-{size}-{seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "spvit_jax.train",
-        f"--config=configs/digits.py:model={model},train_size={size}",
-        f"--workdir={workdir}",
-        f"--config.seed={seed}",
-        f"--config.schedule.total={STEPS} steps",
-        f"--config.eval_every={STEPS} steps",
-        f"--config.checkpoint.every={STEPS} steps",
-    ]
-    # A program for one core does not depend on how many there are, and two fit on two cores.
-    result = subprocess.run(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [record["eval/top1"] for record in records if "eval/top1" in record][-1]
-
-
-def measure(runs: list[Run], output: pathlib.Path) -> dict[Run, float]:
-    """Trains all runs, one at a time on each core."""
-    cores: queue.Queue[int] = queue.Queue()
-    for core in os.sched_getaffinity(0):
-        cores.put(core)
-
-    def train(run: Run) -> float:
-        core = cores.get()
-        try:
-            value = accuracy(run, output, core)
-        finally:
-            cores.put(core)
-        print(f"{run[0]} on {run[1]} images, seed {run[2]}: {value:.4f}", flush=True)
-        return value
-
-    with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
-        return dict(zip(runs, pool.map(train, runs), strict=True))
+    return runs.train([config, f"--config.seed={seed}"], workdir, STEPS, core)
 
 
 def table(results: dict[Run, float]) -> str:
@@ -84,9 +41,7 @@ def table(results: dict[Run, float]) -> str:
     for size in SIZES:
         cells = []
         for model in MODELS:
-            values = [100 * results[model, size, seed] for seed in SEEDS]
-            error = statistics.stdev(values) / len(values) ** 0.5
-            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}")
+            cells.append(runs.mean_and_error([results[model, size, seed] for seed in SEEDS]))
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -96,7 +51,8 @@ def main(argv: list[str]) -> None:
     del argv
     output = pathlib.Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
-    results = measure(list(itertools.product(MODELS, SIZES, SEEDS)), output)
+    wanted = list(itertools.product(MODELS, SIZES, SEEDS))
+    results = runs.measure(wanted, functools.partial(accuracy, output))
     rows = [{"model": m, "size": n, "seed": s, "top1": v} for (m, n, s), v in results.items()]
     (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     (output / "table.md").write_text(table(results) + "\n")

@@ -120,6 +120,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
         ),
         batch_size=min(len(source), data.eval_batch_size),
         threads=data.threads,
+        max_unreadable=data.max_unreadable,
     ) as batches:
         images = mix.normalize(jnp.asarray(next(batches)["image"]), data.mean, data.std)
 

@@ -3,6 +3,11 @@
 import json
 import subprocess
 import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from tests.conftest import REPOSITORY
 
@@ -37,3 +42,30 @@ def run(environment, name, *args, check=True):
 
 def records_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(condition, process, seconds=240):
+    """Looks every millisecond; fails if the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def saved_arrays(workdir, step):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "default")
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_same_run(workdir, reference, step=120):
+    """Bit for bit: the last state, and the records of how it was reached."""
+    ours, theirs = saved_arrays(workdir, step), saved_arrays(reference, step)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("ema/") for name in ours)
+    assert any(name.startswith("opt_state/") for name in ours)
+    for name in ours:
+        assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
+    records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
+    assert records[0] == records[1]

@@ -14,13 +14,20 @@ import threading
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import traverse_util
 
 from spvit_jax import config as config_lib
 from spvit_jax.evaluate import evaluate_checkpoint
-from tests.commands import CONFIG, SMALL, command, records_of, run
+from tests.commands import (
+    CONFIG,
+    SMALL,
+    assert_same_run,
+    command,
+    records_of,
+    run,
+    saved_arrays,
+    wait_until,
+)
 from tests.conftest import REPOSITORY
 
 
@@ -54,33 +61,6 @@ def run_on_a_terminal(environment, *args):
     text = b"".join(shown).decode(errors="replace")
     assert result.returncode == 0, text[-3000:]
     return text
-
-
-def wait_until(condition, process, seconds=240):
-    """Looks every millisecond; fails if the process ends first."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def saved_arrays(workdir, step):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "default")
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-def assert_same_run(workdir, reference):
-    """Bit for bit: the last state, and the records of how it was reached."""
-    ours, theirs = saved_arrays(workdir, 120), saved_arrays(reference, 120)
-    assert ours.keys() == theirs.keys()
-    assert any(name.startswith("ema/") for name in ours)
-    assert any(name.startswith("opt_state/") for name in ours)
-    for name in ours:
-        assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
-    records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
-    assert records[0] == records[1]
 
 
 @pytest.fixture(scope="module")

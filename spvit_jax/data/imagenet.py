@@ -136,6 +136,9 @@ def images_of(
         )
     if not images:
         raise InputError(f"{path} holds no images")
+    name, times = collections.Counter(image.file_name for image in images).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} holds {name!r} {times} times; every file has a name of its own")
     complete = len(images) == expected.num_images and len(found) == len(classes)
     if not complete and not partial:
         raise InputError(

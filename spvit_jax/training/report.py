@@ -157,7 +157,8 @@ class Reporter:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Reports an evaluation."""
         self._record("eval", step, values)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
+        text = "  ".join(f"{name} {value}" for name, value in texts.items())
         log.info("step %d/%d  evaluation: %s", step, self._total_steps, text)
 
     def _record(self, prefix: str, step: int, values: dict[str, float]) -> None:

@@ -45,7 +45,8 @@ def make(root, *, classes=CLASSES, per_class=8, validation=12, replaced=None):
     with tarfile.open(root / ARCHIVES["train"].file_name, "w") as train:
         for place, wnid in enumerate(classes):
             files = [f"{wnid}_{number}.JPEG" for number in range(per_class)]
-            files[-1:] = [name for name in odd if name.startswith(f"{wnid}_")] or files[-1:]
+            named = [name for name in odd if name.startswith(f"{wnid}_") and name not in files]
+            files[-1:] = named or files[-1:]
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode="w") as inner:
                 for number, name in enumerate(files):

@@ -198,6 +198,12 @@ def test_archives_that_are_not_imagenets(manual_dir, tmp_path):
         imagenet.prepare(train, tmp_path, partial=True)
 
 
+def test_a_file_that_is_there_twice(tmp_path):
+    archives.make(tmp_path, classes=("n01440764", "n01440764"))
+    with pytest.raises(InputError, match=r"holds 'n01440764_0\.JPEG' 2 times"):
+        imagenet.prepare(tmp_path, tmp_path, partial=True)
+
+
 def test_a_wrong_number_of_classes_is_refused(manual_dir, tmp_path, monkeypatch):
     """Even where the size is right: here the small archives are taken for the published ones."""
     for split, archive in imagenet.ARCHIVES.items():

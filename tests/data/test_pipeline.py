@@ -82,6 +82,28 @@ def test_a_step_far_away_is_reached_at_once(source):
     assert len(set(batch["index"].tolist())) == 24
 
 
+class Million(datasets.Subset):
+    """As many examples as ImageNet's, each of them one digit; counts those that are read."""
+
+    read = 0
+
+    def __init__(self, source):
+        super().__init__(source, np.arange(1_281_167))
+
+    def fetch(self, indices):
+        self.read += len(indices)
+        return self._source.fetch(indices % len(self._source))
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 250_000])
+def test_starting_late_reads_no_more_than_starting_early(source, start_step):
+    """A few batches are read ahead; of what came before nothing is."""
+    million = Million(source)
+    batch = take(million, 1, start_step=start_step)[0]
+    assert len(set(batch["index"].tolist())) == 24
+    assert million.read <= 10 * 24
+
+
 def test_shuffle_is_a_permutation_at_imagenet_size():
     total = 1_281_167
     epoch = pipeline.shuffled_index(tf.range(total, dtype=tf.int64) + 5 * total, total, seed=1)
