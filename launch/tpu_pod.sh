@@ -106,8 +106,6 @@ sync() {
   say "ready"
 }
 
-runs_something() { [[ ${states[$1]} == running ]]; }
-
 show_status() {
   find_resource ACTIVE
   find_node "READY,HEALTHY,1"

@@ -99,23 +99,21 @@ pod_is_up() {
 
 # Follows the command if the pod already runs it, else starts it on all workers.
 join_or_start() {
-  local number running=0 ours=0
+  local number running
   look_patiently "@worker 0 absent - 0 - - - -" || return 0
+  running=$(workers_that runs_something)
   for ((number = 0; number < WORKERS; number++)); do
-    if [[ ${states[number]} != running ]]; then continue; fi
-    running=$((running + 1))
-    if [[ ${keys[number]} != "$KEY" ]]; then
+    if runs_something "$number" && [[ ${keys[number]} != "$KEY" ]]; then
       die 2 "worker $number is running another command (${ids[number]}); stop it first"
     fi
-    if [[ ${ids[number]} == "${ids[0]}" ]]; then ours=$((ours + 1)); fi
   done
-  if ((running == WORKERS && ours == WORKERS)); then
-    ATTEMPT=${ids[0]}
-    say "is running this command already (attempt $ATTEMPT); following it"
-    return
-  fi
-  if ((running > 0)); then
-    say "only $running of $WORKERS workers are running; starting all of them anew"
+  if [[ -n $running ]]; then
+    ATTEMPT=${ids[${running%%,*}]}
+    if [[ $(workers_that is_part) == "$(workers_that true)" ]]; then
+      say "is running this command already (attempt $ATTEMPT); following it"
+      return
+    fi
+    say "of this command only worker $running has a part; starting it anew on all"
     kill_workers
   fi
   ATTEMPT=$(new_attempt)
@@ -186,7 +184,9 @@ could_not_reach() {
 
 silent_workers() { workers_that has_no_state; }
 has_no_state() { [[ -z ${states[$1]} ]]; }
-is_running() { [[ ${states[$1]} == running && ${ids[$1]} == "$ATTEMPT" ]]; }
+runs_something() { [[ ${states[$1]} == running ]]; }
+is_part() { [[ ${ids[$1]} == "$ATTEMPT" ]]; }
+is_running() { runs_something "$1" && is_part "$1"; }
 has_ended() { [[ -n ${states[$1]} ]] && ! is_running "$1"; }
 has_not_reported() { is_running "$1" && [[ ${reports[$1]} == - ]]; }
 was_stopped() { [[ ${stops[$1]} == stopped ]]; }

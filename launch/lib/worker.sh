@@ -141,11 +141,15 @@ is_running() {
 # Answers STATE EXIT-CODE LOG-BYTES ID KEY STOPPED REPORT, each "-" if there is none. The report is
 # what the process said of its cluster: PROCESS/PROCESSES:VERSION:LOCAL-DEVICES/DEVICES.
 status() {
-  local state=absent code bytes=0 stopped=- report
-  code=$(read_fact exit)
+  local state=absent code='' bytes=0 stopped=- report=''
   if [[ -e $RUN/id ]]; then
-    state=lost # neither running nor ended: the machine was started anew
-    if [[ -n $code ]]; then state=exited; elif is_running; then state=running; fi
+    # In this order: it may end while it is looked at, and its exit code is there before it is gone.
+    if is_running; then
+      state=running
+    else
+      code=$(read_fact exit)
+      if [[ -n $code ]]; then state=exited; else state=lost; fi # lost with the machine it ran on
+    fi
     bytes=$(stat --format=%s "$RUN/log")
     if [[ -e $RUN/stopped ]]; then stopped=stopped; fi
     report=$(sed -nE "s|.*cluster +process ([0-9]+) of ([0-9]+), code ([^ ,]+), ([0-9]+) of ([0-9]+) devices.*|\1/\2:\3:\4/\5|;T;p;q" \

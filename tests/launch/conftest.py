@@ -24,11 +24,11 @@ ON_WORKERS = {
     "curl": 'echo "$FAKE_WORKER"',
     "sudo": 'exec "$@"',
     "mountpoint": 'test -L "${@: -1}"',
-    "gcsfuse": 'rmdir "${@: -1}" && ln -s "$FAKE_GCLOUD/bucket" "${@: -1}"',
+    "gcsfuse": 'rmdir "${@: -1}" && ln -s ../bucket "${@: -1}"',
     # Makes an "environment" whose python notes what is installed.
     "python3.13": 'mkdir -p "$3/bin" && cp "$FAKE_GCLOUD/worker-bin/python" "$3/bin/python"',
     "python": f'if [[ "$1 $2" == "-m pip" ]]; then echo "$@" >>"$HOME/pip.log"; '
-    f'else exec {sys.executable} -I -S "$@"; fi',
+    f'else exec {sys.executable} -I -S -u "$@"; fi',
 }
 
 
@@ -40,12 +40,33 @@ class Pod:
       checkout: a repository of git with the code that the workers get.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, ready=None):
+        self.path, self._ready = path, ready
         self.folder, self.checkout = path / "fake", path / "checkout"
+        self.environment = os.environ | {
+            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
+            "FAKE_GCLOUD": str(self.folder),
+            "TPU_POD_BACKOFF": "0",
+            "TPU_POD_POLL": "0.05",
+            "TPU_POD_RETRIES": "3",
+            "TPU_POD_REPORT_TIMEOUT": "20",
+            "TPU_POD_EXIT_GRACE": "20",
+        }
+
+    def copy(self, template):
+        shutil.copytree(template, self.path, symlinks=True, dirs_exist_ok=True)
+        return self
+
+    def ready(self):
+        """Goes on as if `create` and `sync` had been called."""
+        return self.copy(self._ready)
+
+    def make(self):
+        """Makes what all tests begin with."""
         for folder in ("bucket", "worker-bin", "bin"):
             (self.folder / folder).mkdir(parents=True)
-        fake = REPOSITORY / "tests/launch/fake_gcloud.py"
-        script(self.folder / "bin/gcloud", f'exec {sys.executable} -I -S {fake} "$@"')
+        fake = (REPOSITORY / "tests/launch/fake_gcloud.py").read_text()
+        script(self.folder / "bin/gcloud", fake, f"{sys.executable} -IS")
         for name, text in ON_WORKERS.items():
             script(self.folder / "worker-bin" / name, text)
         shutil.copytree(REPOSITORY / "launch", self.checkout / "launch")
@@ -56,15 +77,6 @@ class Pod:
         self.commit()
         self.plan()
         self.settings()
-        self.environment = os.environ | {
-            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
-            "FAKE_GCLOUD": str(self.folder),
-            "TPU_POD_BACKOFF": "0",
-            "TPU_POD_POLL": "0.1",
-            "TPU_POD_RETRIES": "3",
-            "TPU_POD_REPORT_TIMEOUT": "20",
-            "TPU_POD_EXIT_GRACE": "20",
-        }
 
     def git(self, *args):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
@@ -107,13 +119,6 @@ class Pod:
         assert process.returncode == code, stderr
         return stdout + stderr
 
-    def ready(self):
-        """Creates the pod, brings the code, and forgets the calls for that."""
-        self("create")
-        self("sync")
-        (self.folder / "calls.jsonl").unlink()
-        return self
-
     def calls(self, *words):
         """The calls, without `compute tpus`, that contain all words."""
         path = self.folder / "calls.jsonl"
@@ -152,13 +157,26 @@ class Pod:
             os.kill(int(pid), 9)
 
 
-def script(path, text):
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+def script(path, text, shell="/bin/bash"):
+    path.write_text(f"#!{shell}\n{text}\n")
     path.chmod(0o755)
 
 
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """Folders to copy: before there is a pod, and with one that has the code."""
+    before, ready = tmp_path_factory.mktemp("before"), tmp_path_factory.mktemp("ready")
+    Pod(before).make()
+    pod = Pod(ready).copy(before)
+    pod("create")
+    pod("sync")
+    (pod.folder / "calls.jsonl").unlink()
+    return before, ready
+
+
 @pytest.fixture
-def pod(tmp_path):
-    pod = Pod(tmp_path)
+def pod(tmp_path, templates):
+    """A pod that has not been asked for yet; `pod.ready()` is there, and has the code."""
+    pod = Pod(tmp_path, templates[1]).copy(templates[0])
     yield pod
     pod.end()

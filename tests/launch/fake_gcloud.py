@@ -5,16 +5,14 @@ with the pod. The folder, named by FAKE_GCLOUD, has `plan.json` (what goes wrong
 `state.json`, `calls.jsonl`, `bucket/`, and `home-N/` of each worker.
 """
 
-import contextlib
+# Only what is quick to import: a test makes dozens of calls.
 import fcntl
 import json
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 
-FOLDER = pathlib.Path(os.environ["FAKE_GCLOUD"])
+FOLDER = os.environ["FAKE_GCLOUD"]
 PLAN = {
     "workers": 3,
     "waits": 2,  # how often a new request is looked at before it is active
@@ -30,12 +28,11 @@ EMPTY = {"resource": None, "node": None, "looks": 0, "lives": 0, "errors": []}
 
 def main() -> int:
     args = sys.argv[1:]
-    with (FOLDER / "lock").open("w") as lock:
+    with open(f"{FOLDER}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        plan = PLAN | json.loads((FOLDER / "plan.json").read_text())
-        path = FOLDER / "state.json"
-        state = json.loads(path.read_text()) if path.exists() else dict(EMPTY)
-        with (FOLDER / "calls.jsonl").open("a") as calls:
+        plan = PLAN | read("plan.json")
+        state = EMPTY | read("state.json")
+        with open(f"{FOLDER}/calls.jsonl", "a") as calls:
             calls.write(json.dumps(args) + "\n")
         try:
             error = planned_error(plan, state, args)
@@ -48,9 +45,18 @@ def main() -> int:
             print(refused, file=sys.stderr)
             return 1
         finally:
-            path.write_text(json.dumps(state))
+            with open(f"{FOLDER}/state.json", "w") as file:
+                json.dump(state, file)
     # Not under the lock: workers run side by side, and so do calls.
     return run_all(commands)
+
+
+def read(name):
+    try:
+        with open(f"{FOLDER}/{name}") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
 
 
 class Refused(Exception):
@@ -136,7 +142,7 @@ def describe_resource(plan, state, flags):
             resource[0], state["node"] = "ACTIVE", ["READY", 0]
             state["lives"] += 1
             for number in range(plan["workers"]):
-                (FOLDER / f"home-{number}").mkdir()
+                os.mkdir(f"{FOLDER}/home-{number}")
     print(resource[0])
 
 
@@ -162,10 +168,13 @@ def describe_node(plan, state):
 
 def end_of_workers(state):
     """Kills what the workers run; their disks are kept aside, for the tests to look at."""
-    for home in FOLDER.glob("home-*"):
-        with contextlib.suppress(OSError, ValueError):
-            os.killpg(int((home / "spvit_jax_run/pid").read_text()), signal.SIGKILL)
-        home.rename(FOLDER / f"life-{state['lives']}-{home.name}")
+    for home in [name for name in os.listdir(FOLDER) if name.startswith("home-")]:
+        try:
+            with open(f"{FOLDER}/{home}/spvit_jax_run/pid") as file:
+                os.killpg(int(file.read()), signal.SIGKILL)
+        except (OSError, ValueError):
+            pass  # it runs nothing
+        os.rename(f"{FOLDER}/{home}", f"{FOLDER}/life-{state['lives']}-{home}")
 
 
 def reachable(plan, state, flags):
@@ -178,26 +187,28 @@ def reachable(plan, state, flags):
 
 
 def run_all(commands):
-    running = []
+    """Runs commands on workers at the same time; returns the first exit code that is not 0."""
+    processes = []
     for number, command in commands:
-        home = FOLDER / f"home-{number}"
+        home = f"{FOLDER}/home-{number}"
         if number < 0:
             command = "echo 'ERROR: [/usr/bin/ssh] exited with return code [255].' >&2; exit 255"
             home = FOLDER
         environment = os.environ | {
-            "HOME": str(home),
+            "HOME": home,
             "FAKE_WORKER": str(number),
-            "SPVIT_BUCKET_FOLDER": str(home / "mounted"),
-            "PATH": f"{FOLDER / 'worker-bin'}:/usr/bin:/bin",
+            "SPVIT_BUCKET_FOLDER": f"{home}/mounted",
+            "PATH": f"{FOLDER}/worker-bin:/usr/bin:/bin",
         }
-        # ssh starts in the home folder; scp's source is relative to where gcloud is called.
-        place = None if command.startswith("cp ") else home
-        running.append(
-            subprocess.Popen(
-                ["bash", "-c", command], env=environment, cwd=place, stdin=subprocess.DEVNULL
-            )
-        )
-    return next((code for code in [process.wait() for process in running] if code), 0)
+        process = os.fork()
+        if not process:
+            # ssh starts in the home folder; scp's source is relative to where gcloud is called.
+            if not command.startswith("cp "):
+                os.chdir(home)
+            os.execve("/bin/bash", ["bash", "-c", command], environment)
+        processes.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

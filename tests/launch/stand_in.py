@@ -1,7 +1,7 @@
-"""Stands in for training on a worker: reports the cluster, counts steps in the bucket, ends as told.
+"""Stands in for training on a worker: reports the cluster, counts steps, ends as told.
 
-`plan.json` beside the fake gcloud's state has, under "behaviour", what differs from `DEFAULT`: a list
-with one entry per attempt, the last also for all later ones, of worker's number → settings.
+`plan.json` beside the fake gcloud's state has, under "behaviour", what differs from `DEFAULT`: a
+list with one entry per attempt (the last also for all later ones) of worker's number → settings.
 """
 
 import json
