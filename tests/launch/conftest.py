@@ -135,6 +135,11 @@ class Pod:
         paths = (self.folder / f"starts-{n}" for n in range(3))
         return [len(path.read_text()) if path.exists() else 0 for path in paths]
 
+    def steps(self):
+        """The steps that the workers have done, as they keep them in the bucket."""
+        paths = (self.folder / f"bucket/step-{n}" for n in range(3))
+        return [int(path.read_text() or 0) if path.exists() else 0 for path in paths]
+
     def log(self, worker):
         """The last attempt's log of a worker, as kept on this machine."""
         *_, last = sorted((self.checkout / "runs/pods/spvit-test").glob("*/"))

@@ -19,7 +19,7 @@ PLAN = {
     "fails": None,  # why requests fail, if they do
     "deleting": 1,  # how often a resource that is being deleted is still seen
     "errors": [],  # [words in the call, message, times, whether the call takes effect all the same]
-    "preempt_at": [],  # preempts at the n-th look at the workers, counted from 1
+    "preempt": 0,  # which life of the pod ends at the next look at the workers, counted from 1
     "unreachable": [],  # [worker, from the n-th look at the workers on, up to the m-th]
     "orphans": False,  # deleting a queued resource leaves its VM behind
 }
@@ -39,8 +39,6 @@ def main() -> int:
             if error and not error[3]:
                 raise Refused(error[1])
             commands = answer(plan, state, args)
-            if error:
-                raise Refused(error[1])
         except Refused as refused:
             print(refused, file=sys.stderr)
             return 1
@@ -48,7 +46,13 @@ def main() -> int:
             with open(f"{FOLDER}/state.json", "w") as file:
                 json.dump(state, file)
     # Not under the lock: workers run side by side, and so do calls.
-    return run_all(commands)
+    if error:  # what was asked for is done, and the answer is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    code = run_all(commands)
+    if error:
+        print(Refused(error[1]), file=sys.stderr)
+        return 1
+    return code
 
 
 def read(name):
@@ -101,7 +105,7 @@ def answer(plan, state, args):
     elif (group, verb) == ("tpu-vm", "ssh"):
         if "worker.sh status" in flags["command"]:
             state["looks"] += 1
-            if state["looks"] in plan["preempt_at"]:
+            if state["lives"] == plan["preempt"] and state["resource"][0] == "ACTIVE":
                 state["resource"], state["node"] = ["SUSPENDED", 0], ["PREEMPTED", 0]
                 end_of_workers(state)
         # gcloud splits the command at spaces, and ssh puts it together again.
