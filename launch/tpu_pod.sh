@@ -4,6 +4,7 @@
 
 # shellcheck disable=SC2034,SC2154  # variables are shared with the files in lib/
 set -euo pipefail
+CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
@@ -42,9 +43,9 @@ REST=()
 read_flags() {
   while (($# > 0)); do
     case $1 in
-      --config=*) CONFIG=${1#*=} ;;
+      --config=*) CONFIG=$(from_there "${1#*=}") ;;
       --name=*) NAME_FLAG=${1#*=} ;;
-      --logs=*) LOGS=${1#*=} ;;
+      --logs=*) LOGS=$(from_there "${1#*=}") ;;
       --dry_run) DRY_RUN=yes ;;
       --follow) FOLLOW=yes ;;
       --help | -h) VERB=help ;;
@@ -62,6 +63,8 @@ read_flags() {
   done
   REST=("$@")
 }
+
+from_there() { if [[ $1 == /* ]]; then echo "$1"; else echo "$CALLED_FROM/$1"; fi; }
 
 prepare() {
   read_settings "$CONFIG"
@@ -96,7 +99,7 @@ create() {
 
 sync() {
   find_node "READY,HEALTHY,1"
-  if [[ $NODE_STATE == ABSENT ]]; then die 2 "there is no TPU VM $NAME; create it first"; fi
+  expect_workers
   pack_code
   look '' || true
   if [[ -n $(workers_that runs_something) ]]; then
@@ -156,7 +159,7 @@ show_logs() {
 stop() {
   local until
   find_node "READY,HEALTHY,1"
-  if [[ $NODE_STATE == ABSENT ]]; then die 2 "there is no TPU VM $NAME"; fi
+  expect_workers
   worker_command stop
   ask_all "$QUOTED" asked
   until=$((SECONDS + STOP_TIMEOUT))

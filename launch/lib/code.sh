@@ -27,7 +27,7 @@ pack_code() {
 send_code() {
   local version=${CODE_VERSION:-$(<"$LOGS/code.version")}
   find_node "READY,HEALTHY,1"
-  if [[ $NODE_STATE == ABSENT ]]; then die 2 "there is no TPU VM $NAME; create it first"; fi
+  expect_workers
   say "sending commit $version to $WORKERS workers"
   call_again '' compute tpus tpu-vm scp "$LOGS/code.tar.gz" "$NAME:spvit_jax.tar.gz" \
     "--project=$PROJECT" "--zone=$ZONE" --worker=all || die 1 "there is no TPU VM $NAME: $REASON"

@@ -8,7 +8,7 @@ SETTINGS='PROJECT ZONE NAME ACCELERATOR RUNTIME_VERSION PROVISIONING BUCKET SERV
 SUBNETWORK'
 
 # Seconds, except RETRIES and TRIES.
-RETRIES=${TPU_POD_RETRIES:-6}                  # of a gcloud call that failed for a passing reason
+RETRIES=${TPU_POD_RETRIES:-10}                 # of a gcloud call that failed for a passing reason
 BACKOFF=${TPU_POD_BACKOFF:-4}                  # before the second try; doubled up to 120
 POLL=${TPU_POD_POLL:-20}                       # between two looks at the workers or the queue
 TRIES=${TPU_POD_TRIES:-3}                      # of a run that fails (exit code 1)

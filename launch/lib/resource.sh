@@ -31,6 +31,12 @@ find_node() {
   fi
 }
 
+# Ends the program if `find_node` has found nothing that could do work.
+expect_workers() {
+  if [[ $NODE_STATE == ABSENT ]]; then die 2 "there is no TPU VM $NAME; create it first"; fi
+  if ((WORKERS == 0)); then die 1 "the TPU VM $NAME is $NODE_STATE, and has no workers yet"; fi
+}
+
 # Asks for the pod and waits until it is there. A resource of this name that has ended is replaced.
 # Returns 1 if the request failed.
 obtain_pod() {
@@ -73,15 +79,27 @@ request_pod() {
   queued_resources '' create "${flags[@]}" --async || true
 }
 
-# Waits while the request is in the queue, however long that is; returns 1 if it failed.
+# Waits while the request is in the queue, however long that is and whether or not it can be looked
+# at; returns 1 if it failed.
 wait_for_pod() {
-  local before=''
+  local before='' code
   while true; do
-    find_resource ACTIVE
+    code=0
+    call ACTIVE compute tpus queued-resources describe "$NAME" \
+      "--project=$PROJECT" "--zone=$ZONE" '--format=value(state.state)' || code=$?
+    case $code in
+      0) STATE=${ANSWER:-UNKNOWN} ;;
+      "$FAIL_ABSENT") STATE=ABSENT ;;
+      "$FAIL_FOR_GOOD") refused ;;
+      *) STATE="cannot be looked at: $REASON" ;;
+    esac
     if [[ $STATE != "$before" ]]; then say "queued resource: $STATE"; fi
     before=$STATE
     case $STATE in
-      ACTIVE) return 0 ;;
+      ACTIVE)
+        find_node "READY,HEALTHY,1"
+        if ((WORKERS > 0)); then return 0; fi
+        ;;
       ABSENT) die 1 "the queued resource $NAME was deleted by somebody else while it was waited for" ;;
       FAILED | SUSPENDING | SUSPENDED)
         queued_resources '' describe '--format=value(state.failedData.error.message)' || true

@@ -89,7 +89,9 @@ pod_is_up() {
   find_node "READY,HEALTHY,1"
   case $STATE,$NODE_STATE in
     ACTIVE,ABSENT | ACTIVE,PREEMPTED | ACTIVE,TERMINATED | ACTIVE,STOP* | ACTIVE,DELETING) ;;
-    ACTIVE,*) return 0 ;;
+    ACTIVE,*)
+      if ((WORKERS > 0)); then return 0; fi
+      ;;
   esac
   OUTCOME=preempted CAUSE="queued resource $STATE, TPU VM $NODE_STATE"
   return 1

@@ -32,6 +32,9 @@ ON_WORKERS = {
 }
 
 
+COMMAND = ("run", "python", "train.py")
+
+
 class Pod:
     """Runs tpu_pod.sh, and knows what it called.
 
@@ -165,6 +168,12 @@ class Pod:
 def script(path, text, shell="/bin/bash"):
     path.write_text(f"#!{shell}\n{text}\n")
     path.chmod(0o755)
+
+
+def verbs(calls):
+    """The first two words of each call, repetitions in a row counted once."""
+    verbs = [" ".join(call.split()[:2]) for call in calls]
+    return [verb for verb, before in zip(verbs, [None, *verbs], strict=False) if verb != before]
 
 
 @pytest.fixture(scope="session")
