@@ -1,0 +1,188 @@
+#!/usr/bin/env bash
+# Runs on a worker of the pod, called there by tpu_pod.sh: installs what the code needs, and starts,
+# watches and stops one command. Needs bash 5 and what Google's TPU images bring.
+#
+#     worker.sh install [BUCKET]            worker.sh stop
+#     worker.sh start ID KEY COMMAND…       worker.sh kill
+#     worker.sh status                      worker.sh log OFFSET
+#
+# Answers are one short line, "@worker NUMBER …", since those of all workers arrive on one stream.
+
+set -euo pipefail
+
+CODE=$HOME/spvit_jax
+ENVIRONMENT=$HOME/spvit_jax_environment
+RUN=$HOME/spvit_jax_run # of the last command: id, key, pid, boot, log, exit; "stopped" if asked to
+BUCKET_FOLDER=${SPVIT_BUCKET_FOLDER:-/bucket}
+
+answer() { echo "@worker $(number) $*"; }
+
+# The worker's number, as gcloud and JAX count: Google's metadata server knows it.
+number() {
+  local url=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+  [[ -s $HOME/.spvit_jax_worker ]] ||
+    curl --silent --fail --retry 5 --header 'Metadata-Flavor: Google' "$url/agent-worker-number" \
+      >"$HOME/.spvit_jax_worker"
+  cat "$HOME/.spvit_jax_worker"
+}
+
+boot() { cat /proc/sys/kernel/random/boot_id; }
+
+# ── Installing ──────────────────────────────────────────────────────────────────────────────────
+
+# Makes the environment anew if the requirements have changed, and mounts the bucket.
+install() {
+  mkdir -p "$RUN"
+  echo "${1:-}" >"$RUN/bucket"
+  mount_bucket
+  local stamp
+  stamp=$ENVIRONMENT/installed-$(cat "$CODE"/requirements*.txt | sha256sum | cut -c1-16)
+  if [[ ! -e $stamp ]]; then
+    make_environment >"$HOME/spvit_jax_install.log" 2>&1 || {
+      answer "failed, see spvit_jax_install.log: $(tail -n 1 "$HOME/spvit_jax_install.log")"
+      return
+    }
+    touch "$stamp"
+  fi
+  answer "ready $(cat "$CODE/VERSION")"
+}
+
+# Google's images have Python 3.10, and the project needs 3.11: uv fetches one where there is none.
+make_environment() {
+  local python
+  rm -rf "$ENVIRONMENT"
+  for python in python3.13 python3.12 python3.11; do
+    if command -v "$python" >/dev/null && "$python" -m venv "$ENVIRONMENT"; then break; fi
+    rm -rf "$ENVIRONMENT"
+  done
+  if [[ ! -x $ENVIRONMENT/bin/python ]]; then
+    python3 -m pip install --quiet --user uv
+    python3 -m uv venv --seed --python 3.11 "$ENVIRONMENT"
+  fi
+  "$ENVIRONMENT/bin/python" -m pip install --quiet -r "$CODE/requirements-tpu.txt"
+}
+
+# Shows the bucket as a folder. Nothing about files is cached: workers see at once what another
+# wrote, as checkpoints by several processes need.
+mount_bucket() {
+  local bucket
+  bucket=$(cat "$RUN/bucket")
+  if [[ -z $bucket ]] || mountpoint --quiet "$BUCKET_FOLDER"; then return; fi
+  if ! command -v gcsfuse >/dev/null; then install_gcsfuse >>"$HOME/spvit_jax_install.log" 2>&1; fi
+  if [[ ! -w $BUCKET_FOLDER ]]; then
+    sudo mkdir -p "$BUCKET_FOLDER"
+    sudo chown "$(id -u)" "$BUCKET_FOLDER"
+  fi
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 \
+    "$bucket" "$BUCKET_FOLDER" >>"$HOME/spvit_jax_install.log" 2>&1
+}
+
+install_gcsfuse() {
+  local keyring=/usr/share/keyrings/cloud.google.asc
+  curl --silent --fail https://packages.cloud.google.com/apt/doc/apt-key.gpg |
+    sudo tee "$keyring" >/dev/null
+  echo "deb [signed-by=$keyring] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  # A fresh machine updates itself and holds the lock for minutes.
+  sudo apt-get -o DPkg::Lock::Timeout=600 update
+  sudo apt-get -o DPkg::Lock::Timeout=600 install --yes gcsfuse
+}
+
+# ── Running ─────────────────────────────────────────────────────────────────────────────────────
+
+# start ID KEY COMMAND…: starts it unless it has been; a call that is repeated does no harm.
+start() {
+  local id=$1
+  mkdir -p "$RUN"
+  exec 9>"$RUN/lock"
+  flock 9
+  if [[ $(read_fact id) == "$id" ]]; then
+    answer started
+    return
+  fi
+  if is_running; then
+    answer "busy with $(read_fact id)"
+    return
+  fi
+  if ! mount_bucket; then
+    answer "failed to mount the bucket: $(tail -n 1 "$HOME/spvit_jax_install.log")"
+    return
+  fi
+  rm -f "$RUN"/{id,pid,child,exit,stopped}
+  boot >"$RUN/boot"
+  echo "$2" >"$RUN/key"
+  setsid bash "${BASH_SOURCE[0]}" supervise "${@:3}" >"$RUN/log" 2>&1 </dev/null 9>&- &
+  echo $! >"$RUN/pid"
+  echo "$id" >"$RUN/id"
+  answer started
+}
+
+# Runs the command and keeps its exit code, with nobody logged in.
+supervise() {
+  cd "$CODE"
+  PATH=$ENVIRONMENT/bin:$PATH
+  export PATH PYTHONUNBUFFERED=1
+  local code=0
+  "$@" &
+  echo $! >"$RUN/child"
+  wait $! || code=$?
+  echo "$code" >"$RUN/exit.new"
+  mv "$RUN/exit.new" "$RUN/exit"
+}
+
+read_fact() { cat "$RUN/$1" 2>/dev/null || true; }
+
+# Alive, and not another process that got the number after a restart of the machine.
+is_running() {
+  [[ -s $RUN/pid && ! -e $RUN/exit && $(read_fact boot) == "$(boot)" ]] &&
+    kill -0 "$(cat "$RUN/pid")" 2>/dev/null
+}
+
+# Answers STATE EXIT-CODE LOG-BYTES ID KEY STOPPED REPORT, each "-" if there is none. The report is
+# what the process said of its cluster: PROCESS/PROCESSES:VERSION:LOCAL-DEVICES/DEVICES.
+status() {
+  local state=absent code='' bytes=0 stopped=- report=''
+  if [[ -e $RUN/id ]]; then
+    # In this order: it may end while it is looked at, and its exit code is there before it is gone.
+    if is_running; then
+      state=running
+    else
+      code=$(read_fact exit)
+      if [[ -n $code ]]; then state=exited; else state=lost; fi # lost with the machine it ran on
+    fi
+    bytes=$(stat --format=%s "$RUN/log")
+    if [[ -e $RUN/stopped ]]; then stopped=stopped; fi
+    report=$(sed -nE "s|.*cluster +process ([0-9]+) of ([0-9]+), code ([^ ,]+), ([0-9]+) of ([0-9]+) devices.*|\1/\2:\3:\4/\5|;T;p;q" \
+      "$RUN/log")
+  fi
+  local id key
+  id=$(read_fact id)
+  key=$(read_fact key)
+  answer "$state ${code:--} $bytes ${id:--} ${key:--} $stopped ${report:--}"
+}
+
+# Asks the command to save and end; it is not started again by itself.
+stop() {
+  touch "$RUN/stopped"
+  if is_running; then kill -TERM "$(cat "$RUN/child")" || true; fi
+  answer asked
+}
+
+# Ends the command and all that it has started, at once.
+kill_all() {
+  if [[ -s $RUN/pid ]] && is_running; then
+    kill -KILL -- "-$(cat "$RUN/pid")" 2>/dev/null || true
+    echo 137 >"$RUN/exit"
+  fi
+  answer killed
+}
+
+case ${1:-} in
+  install | start | supervise | status | stop) "$@" ;;
+  kill) kill_all ;;
+  log) if [[ -e $RUN/log ]]; then tail -c "+$(($2 + 1))" "$RUN/log"; fi ;;
+  *)
+    echo "usage: worker.sh install|start|status|stop|kill|log" >&2
+    exit 2
+    ;;
+esac
