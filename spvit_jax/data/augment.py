@@ -23,6 +23,7 @@ Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, wi
 
 _CROP_ATTEMPTS = 10  # torchvision's
 _EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
+_FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -240,7 +241,7 @@ def _resize(
     def resize(image: np.ndarray, size: np.ndarray, resample: int, flipped: bool) -> np.ndarray:
         height, width = size.tolist()
         resized = Image.fromarray(image).resize((width, height), int(resample))
-        return np.asarray(resized)[:, ::-1] if flipped else np.asarray(resized)
+        return np.asarray(resized.transpose(_FLIP) if flipped else resized)
 
     inputs = [image, tf.cast(size, tf.int32), resample, flipped]
     resized = tf.numpy_function(resize, inputs, tf.uint8, stateful=False)
