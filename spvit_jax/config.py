@@ -102,7 +102,7 @@ def base() -> ConfigDict:
     augment.interpolation = "bicubic"  # for training images; or "bilinear", or "random" of both
     augment.flip = 0.5  # probability of a horizontal flip
     augment.repeats = 1  # of each image in a row, each augmented anew (repeated augmentation)
-    augment.rand_augment = placeholder(str)  # timm's notation, "rand-m9-mstd0.5-inc1"
+    augment.rand_augment = placeholder(str)  # timm's "rand-m9-mstd0.5-inc1"; None or "": off
     augment.three_augment = False  # grey, solarized or blurred, one of them (DeiT III)
     augment.color_jitter = 0.0  # strength of random brightness, contrast and saturation
     augment.erase = 0.0  # probability of filling a random box with noise

@@ -62,7 +62,7 @@ class BatchTransform:
         return cls(
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
-            rand_augment=None if policy is None else RandAugment.parse(policy),
+            rand_augment=RandAugment.parse(policy) if policy else None,
             three_augment=augment.three_augment,
             color_jitter=augment.color_jitter,
             erase=augment.erase,

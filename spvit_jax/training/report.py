@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -166,6 +167,7 @@ class Reporter:
         self._writer.write_scalars(step, named)
         self._records.write(json.dumps({"step": step, **named}) + "\n")
         self._records.flush()
+        os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step

@@ -269,7 +269,7 @@ def test_published_files_are_found_by_the_images_names(tmp_path):
 
 
 def test_label_maps_travel_with_their_images(data_dir, tmp_path):
-    """Through shuffling, subsets and restarts: each image's own map, box and flip."""
+    """Through shuffling, subsets, restarts and processes: each image's own map, box and flip."""
     source = datasets.load("digits", "train", data_dir)
     path = tmp_path / "labels.npy"
 
@@ -283,7 +283,8 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
 
     write(path, numbered(), count=len(source), num_classes=10, source="numbers")
     subset = datasets.balanced_subset(source, 100, seed=0)
-    for images in (source, subset):
+
+    def take(images, share):
         with pipeline.train_batches(
             images,
             TrainTransform((12, 12), scale=(0.5, 0.9)),
@@ -291,8 +292,15 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
             seed=1,
             start_step=3,
             label_maps=LabelMaps(path),
+            share=share,
         ) as batches:
-            batch = next(batches)
+            return next(batches)
+
+    for images in (source, subset):
+        batch = take(images, pipeline.Share())
+        halves = [take(images, pipeline.Share(index, 2)) for index in range(2)]
+        for key, whole in batch.items():
+            np.testing.assert_array_equal(whole, np.concatenate([half[key] for half in halves]))
         places = images.places(batch["index"])
         numbers = batch["label_map"][:, 0, 0, 0, 0] + 1000 * batch["label_map"][:, 0, 1, 0, 0]
         np.testing.assert_array_equal(numbers, places)
