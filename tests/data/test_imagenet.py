@@ -273,3 +273,23 @@ def test_imagenet_real_through_tfds(manual_dir, tmp_path, monkeypatch):
         place = int(name[-13:-5]) - 1
         assert set(np.flatnonzero(row)) == set([place] * (place > 2) + [999] * (place % 2))
     assert "label" in prepare.describe("imagenet2012_real", tmp_path)
+
+
+def test_imagenet_v2_through_tfds(tmp_path, monkeypatch):
+    """Its folders are numbered by class, and its name has a variant in it."""
+    root = tmp_path / "imagenetv2-matched-frequency-format-val"
+    for label in (0, 7, 999):
+        (root / str(label)).mkdir(parents=True)
+        (root / str(label) / "a.jpeg").write_bytes(archives.photograph(label))
+    monkeypatch.setattr(
+        tfds.download.DownloadManager, "download_and_extract", lambda self, url: tmp_path
+    )
+    name = "imagenet_v2/matched-frequency"
+    prepare.prepare(name, None, tmp_path / "data")
+    source = datasets.load(name, "test", str(tmp_path / "data"))
+    assert (len(source), source.num_classes) == (3, 1000)
+    assert sorted(source.labels().tolist()) == [0, 7, 999]
+    for file_name, label in zip(
+        source.file_names(np.arange(3)), source.labels().tolist(), strict=True
+    ):
+        assert file_name == f"{label}/a.jpeg"

@@ -162,6 +162,35 @@ def test_eval_step_counts_by_the_mask():
     assert 0 <= whole["top1"][0] <= whole["top5"][0] <= 11
 
 
+def test_any_of_several_labels_is_right_and_an_image_without_one_does_not_count():
+    """ImageNet-ReaL's way; with one label each it is the usual one."""
+    variables = make_state().model
+    evaluate = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))
+    batch = make_batch() | {"mask": np.ones(16, np.float32)}
+    single = evaluate(variables, batch)
+    several = batch | {"label": np.eye(10, dtype=np.uint8)[batch["label"]]}
+    for name, (total, count) in evaluate(variables, several).items():
+        np.testing.assert_allclose(total, single[name][0], rtol=1e-5)
+        assert count == 16
+
+    images = RECIPE.transform.normalize(jnp.asarray(batch["image"]))
+    logits = np.asarray(variables.model().outputs(images).evaluation_logits())
+    rng = np.random.default_rng(1)
+    right = (rng.random((16, 10)) < 0.2).astype(np.uint8)
+    right[:3] = 0
+    counted = right.any(1)
+    assert 3 <= (~counted).sum() < 10
+    metrics = evaluate(variables, batch | {"label": right})
+    best = np.argsort(-logits, axis=1)
+    ranked = np.take_along_axis(right, best, axis=1) > 0
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    loss = -(log_p * right)[counted].sum(1) / right[counted].sum(1)
+    expected = {"loss": loss.sum(), "top1": ranked[:, 0].sum(), "top5": ranked[:, :5].any(1).sum()}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name][0], value, rtol=1e-4)
+        assert metrics[name][1] == counted.sum()
+
+
 def test_loss_of_each_head():
     from spvit_jax.models import Outputs
 
