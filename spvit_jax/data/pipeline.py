@@ -25,6 +25,7 @@ Batch = dict[str, np.ndarray]
 Example = dict[str, tf.Tensor]  # as it was fetched: see `_Reader._fields`
 
 _UNREADABLE = (OSError, ValueError, RuntimeError)  # what sources raise; the last is ArrayRecord's
+_as_is = tf.autograph.experimental.do_not_convert  # functions with no control flow to be found
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
 
@@ -283,9 +284,10 @@ class _Reader:
             return example, ordinals
 
         parallel = self.threads or os.cpu_count() or 1
-        located = tf.data.Dataset.range(start, stop).map(self.locate)
-        examples = located.map(read, num_parallel_calls=_FETCH_AHEAD, deterministic=True).unbatch()
-        made = examples.map(self.make, num_parallel_calls=parallel, deterministic=True)
+        located = tf.data.Dataset.range(start, stop).map(_as_is(self.locate))
+        fetched = located.map(_as_is(read), num_parallel_calls=_FETCH_AHEAD, deterministic=True)
+        examples = fetched.unbatch()
+        made = examples.map(_as_is(self.make), num_parallel_calls=parallel, deterministic=True)
         batches = made.batch(self.batch_size, drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.threading.private_threadpool_size = parallel
@@ -301,7 +303,7 @@ class _Reader:
         Raises:
           InputError: there are too many by now.
         """
-        found, quick = False, tf.function(self.make)
+        found, quick = False, tf.function(self.make, autograph=False)
         indices, ordinals = self.locate(tf.constant(step, tf.int64))
         for index, ordinal in zip(indices.numpy().tolist(), ordinals.numpy().tolist(), strict=True):
             candidate = self.stand_ins.get(ordinal, index)
