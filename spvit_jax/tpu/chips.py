@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -108,8 +109,8 @@ def topology(name: str) -> Topology:
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=name, **dict(chip.options)
     )
-    hosts = len({device.process_index for device in described.devices})
-    return Topology(name, chip, described.devices, hosts)
+    devices: list[Any] = list(described.devices)
+    return Topology(name, chip, devices, len({device.process_index for device in devices}))
 
 
 def _of_cubes(chip: Chip, shape: str) -> bool:

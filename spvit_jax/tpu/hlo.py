@@ -253,13 +253,23 @@ def _products(program: Program, one: Instruction) -> int:
 
 
 def _places(size: int, kernel: int, results: int, window: dict[str, str]) -> int:
-    """Returns how often, along one axis, a place of the kernel meets one of the operand."""
+    """Returns how often, along one axis, a place of the kernel meets one of the operand.
+
+    That is, for how many results r and places k of the kernel stride·r + spread·k - before is a
+    multiple of `apart` from 0 to that of the last element.
+    """
     stride, apart, spread = (
         int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
     )
-    before = int(window.get("pad", "0_0").split("_")[0])
-    places = stride * np.arange(results)[:, None] + spread * np.arange(kernel) - before
-    return int(((places >= 0) & (places <= (size - 1) * apart) & (places % apart == 0)).sum())
+    offset = spread * np.arange(kernel) - int(window.get("pad", "0_0").split("_")[0])
+    first = np.maximum(-(offset // stride), 0)
+    last = np.minimum(((size - 1) * apart - offset) // stride, results - 1)
+    common = math.gcd(stride, apart)
+    period = apart // common
+    # Among the results from the first to the last, one in `period` meets an element.
+    phase = (-(offset // common) * pow(stride // common, -1, period)) % period
+    met = (last - phase) // period - (first - 1 - phase) // period
+    return int(np.where((offset % common == 0) & (last >= first), met, 0).sum())
 
 
 def _traffic(program: Program, one: Instruction) -> tuple[int, int]:

@@ -117,7 +117,7 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
             changes |= {"mesh.fsdp": split} | ({} if is_split else {"mesh.sharding": "fsdp"})
         estimate = state * fsdp / split
         estimate += rest * parts / count * (_LEFT_BY_REMAT if remat else 1)
-        if changes and estimate <= 1.1 * usable:
+        if changes and estimate <= usable:
             estimates.append(((len(_kinds(changes)), count, remat, split), changes))
     # Of each combination of kinds the mildest first, and one stronger in case it is not enough.
     ranked = sorted(estimates, key=lambda pair: pair[0])
