@@ -36,6 +36,7 @@ def preflight(
     topology_name: str,
     *,
     workdir: pathlib.Path | None = None,
+    ways: int = 3,
     show_shardings: bool = False,
 ) -> tuple[bool, dict[str, Any]]:
     """Checks a launch and compiles it; prints as it goes.
@@ -44,6 +45,7 @@ def preflight(
       config: as `spvit_jax.config.base`.
       topology_name: such as `v5e:16x16`.
       workdir: of the run, to be looked at; None for not at all.
+      ways: how many to look for to make it fit, where it does not.
       show_shardings: whether to print how each parameter is split.
 
     Returns:
@@ -66,16 +68,18 @@ def preflight(
     if trial.account is not None:
         print(present.as_text(trial.account))
     print(present.verdict(run, trial.needed), flush=True)
-    ways: list[Trial] = []
+    found: list[Trial] = []
     tried: list[Trial] = []
-    if not trial.fits:
+    if not trial.fits and ways:
         print("compiling what may make it fit:", flush=True)
-        ways = remedies.find(run, config, trial.needed, lambda one: _report(one, tried))
-        _advise(run, ways)
+        found = remedies.find(
+            run, config, trial.needed, ways=ways, report=lambda one: _report(one, tried)
+        )
+        _advise(run, found)
     result = {
         **present.trial_dict(trial),
         "checks": [vars(check) for check in checks],
-        "ways": [present.trial_dict(way) for way in ways],
+        "ways": [present.trial_dict(way) for way in found],
         "tried": [present.trial_dict(one) for one in tried],
     }
     return trial.fits and all(check.state != readiness.WRONG for check in checks), result
@@ -155,6 +159,7 @@ def main() -> None:
     )
     workdir = flags.DEFINE_string("workdir", None, "Of the run: whether it can be written to.")
     json_path = flags.DEFINE_string("json", None, "File for all numbers.")
+    ways = flags.DEFINE_integer("ways", 3, "Ways to look for where a run does not fit.", 0)
     shardings = flags.DEFINE_bool("shardings", False, "Print how each parameter is split.")
     sweeping = flags.DEFINE_bool("sweep", False, "Try batch sizes, remat and meshes, as a table.")
     batch_sizes = flags.DEFINE_list("sweep_batch_size", [], "Batch sizes; else ½, 1 and 2 times.")
@@ -176,6 +181,7 @@ def main() -> None:
                 config(),
                 topology.value,
                 workdir=pathlib.Path(workdir.value) if workdir.value else None,
+                ways=ways.value,
                 show_shardings=shardings.value,
             )
         if json_path.value:

@@ -221,29 +221,35 @@ def take(run: Run) -> Account:
     Raises:
       DoesNotFitError: the compiler ran out of the chip's memory.
     """
-    program, config = run.program, run.config
+    return Account(run, compile_train_step(run), compile_eval_step(run))
+
+
+def compile_train_step(run: Run) -> Compiled:
+    """Compiles the train step of a run; raises as `take`."""
     batch = program_lib.abstract_batch(
-        config.data.batch_size,
+        run.config.data.batch_size,
         run.model.image_shape,
         run.mesh,
         train=True,
         label_map=run.data.label_map,
     )
+    program = run.program
     arguments = {"state": program.abstract, "batch": batch, "rng": _abstract_key(program.root)}
     if run.teacher is not None:
         arguments["teacher"] = _abstract_teacher(run.teacher, run.mesh)
-    train = compile_step(program.train_step, arguments, run.mesh)
-    held_out = program_lib.abstract_batch(
+    return compile_step(program.train_step, arguments, run.mesh)
+
+
+def compile_eval_step(run: Run) -> Compiled:
+    """Compiles the eval step of a run; raises as `take`."""
+    batch = program_lib.abstract_batch(
         run.eval_batch_size, run.model.image_shape, run.mesh, train=False
     )
-    weights = program.abstract.best_model
+    arguments = {"model": run.program.abstract.best_model, "batch": batch}
     try:
-        evaluation = compile_step(
-            program.eval_step, {"model": weights, "batch": held_out}, run.mesh
-        )
+        return compile_step(run.program.eval_step, arguments, run.mesh)
     except DoesNotFitError as error:
         raise DoesNotFitError(error.needed, error.seconds, "eval step") from error
-    return Account(run, train, evaluation)
 
 
 def _abstract_key(key: jax.Array) -> jax.ShapeDtypeStruct:

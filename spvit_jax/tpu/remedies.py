@@ -17,7 +17,6 @@ from spvit_jax.tpu.chips import GIB, Topology
 from spvit_jax.tpu.compiled import DoesNotFitError
 
 Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
-WAYS = 3  # that are looked for
 _TRIES = 9  # compilations at most
 # Share of the temporaries that is left when blocks are recomputed; a guess, for the order alone.
 _LEFT_BY_REMAT = 0.4
@@ -60,7 +59,12 @@ def attempt(
 
 
 def find(
-    run: Run, config: ConfigDict, needed: float, report: Callable[[Trial], None]
+    run: Run,
+    config: ConfigDict,
+    needed: float,
+    *,
+    ways: int,
+    report: Callable[[Trial], None],
 ) -> list[Trial]:
     """Finds ways to make a run fit, the fastest first.
 
@@ -68,19 +72,20 @@ def find(
       run: that does not fit.
       config: of it, not resolved.
       needed: bytes of HBM that it asks for.
+      ways: how many to look for.
       report: is told of each trial.
 
     Returns:
-      At most three that fit, each compiled; there may be none.
+      At most so many that fit, each compiled; there may be none.
     """
     found: list[Trial] = []
     for changes in itertools.islice(candidates(run, needed), _TRIES):
+        if len(found) == ways:
+            break
         trial = attempt(config, run.topology, run.data, changes, teacher=run.teacher)
         report(trial)
         if trial.fits:
             found.append(trial)
-        if len(found) == WAYS:
-            break
     return sorted(found, key=lambda trial: trial.account.bound.seconds if trial.account else 0)
 
 

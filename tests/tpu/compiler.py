@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from spvit_jax.tpu import chips, environment
-from spvit_jax.tpu.account import DataFacts, plan, take
+from spvit_jax.tpu.account import DataFacts, plan
 from tests.test_config import digits
 
 needs_libtpu = pytest.mark.skipif(
@@ -15,15 +15,9 @@ needs_libtpu = pytest.mark.skipif(
 
 DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
 # Wide enough that tiles of TPUs are full and products count; compiled in seconds.
-WIDE = {
-    "model.dim": 512,
-    "model.num_heads": 4,
-    "model.depth": 1,
-    "model.spatial_layers": 0,
-    "model.stem_width": 128,
-}
+WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1}
 
 
-def account(topology, changes):
+def planned(topology, changes):
     environment.prepare()
-    return take(plan(digits(), chips.topology(topology), DIGITS, changes=changes))
+    return plan(digits("vit"), chips.topology(topology), DIGITS, changes=changes)
