@@ -6,6 +6,7 @@ import pytest
 
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import preflight, sweep
+from spvit_jax.tpu import remedies
 from spvit_jax.tpu.chips import GIB
 from tests.commands import run
 from tests.test_config import digits
@@ -23,6 +24,26 @@ def small(data_dir, **model):
     return config
 
 
+@pytest.fixture(scope="module")
+def trials():
+    return {}
+
+
+@pytest.fixture
+def _compile_once(trials, monkeypatch):
+    """Lets tests that differ in what is beside the program share it."""
+    attempt = remedies.attempt
+
+    def remembered(config, topology, data, changes, **kwargs):
+        key = str(config), topology.name, str(changes)
+        if key not in trials:
+            trials[key] = attempt(config, topology, data, changes, **kwargs)
+        return trials[key]
+
+    monkeypatch.setattr(remedies, "attempt", remembered)
+
+
+@pytest.mark.usefixtures("_compile_once")
 def test_a_launch_that_is_ready(data_dir, tmp_path, capfd):
     ready, result = preflight(
         small(data_dir), "v5e:2x2", workdir=tmp_path / "run", show_shardings=True
@@ -77,9 +98,10 @@ def test_a_sweep_is_a_table(data_dir, capfd):
     assert table[0].startswith("| 64 | True | 4 | 0.0")
 
 
+@pytest.mark.usefixtures("_compile_once")
 def test_something_wrong_with_the_launch_is_not_ready(data_dir, tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    ready, result = preflight(small(data_dir), "v5e:1x1", workdir=tmp_path / "file" / "run")
+    ready, result = preflight(small(data_dir), "v5e:2x2", workdir=tmp_path / "file" / "run")
     assert result["fits"]
     assert not ready
     assert "workdir         wrong: " in capfd.readouterr().out
