@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -60,7 +59,7 @@ def preflight(
         print(f"{check.what:<16}{check.state}: {check.words}")
     if show_shardings:
         print(present.shardings(run))
-    sys.stdout.flush()
+    print("compiling       the train step and the eval step; a deep model takes long", flush=True)
 
     trial = remedies.attempt(config, run.topology, data, {}, teacher=teacher)
     if trial.needed is None:
