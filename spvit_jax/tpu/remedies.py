@@ -119,7 +119,11 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
         if count != parts:
             changes["optim.accumulate"] = count
         if split != fsdp:
-            changes |= {"mesh.fsdp": split} | ({} if is_split else {"mesh.sharding": "fsdp"})
+            changes["mesh.fsdp"] = split
+            if run.config.mesh.data != -1:
+                changes["mesh.data"] = -1
+            if not is_split:
+                changes["mesh.sharding"] = "fsdp"
         estimate = state * fsdp / split
         estimate += rest * parts / count * (_LEFT_BY_REMAT if remat else 1)
         if changes and estimate <= usable:
@@ -136,7 +140,7 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
 
 
 def _kinds(changes: Changes) -> frozenset[str]:
-    return frozenset(changes) - {"mesh.sharding"}
+    return frozenset(changes) - {"mesh.sharding", "mesh.data"}
 
 
 def as_flags(changes: Changes) -> str:

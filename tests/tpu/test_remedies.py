@@ -43,11 +43,12 @@ def test_what_is_on_is_not_tried_again(run):
 
 
 def test_a_preset_that_splits_nothing_is_changed_with_the_axis(run):
-    run.config.mesh.sharding = "replicated"
+    run.config.mesh.sharding, run.config.mesh.data = "replicated", 8
     changes = [one for one in candidates(run, 20 * GIB) if "mesh.fsdp" in one]
-    run.config.mesh.sharding = "fsdp"
+    run.config.mesh.sharding, run.config.mesh.data = "fsdp", -1
     assert changes
     assert all(one["mesh.sharding"] == "fsdp" for one in changes)
+    assert all(one["mesh.data"] == -1 for one in changes)
 
 
 def test_micro_batches_keep_an_image_on_each_chip(run):
