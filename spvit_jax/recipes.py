@@ -61,6 +61,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"
     config.augment.erase = 0.25
     config.augment.mix_token = True
+    config.augment.mix_group_size = batch_size // 8  # what one of the authors' 8 GPUs had
 
     config.data.batch_size = batch_size
     config.optim.lr = lr
@@ -69,6 +70,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config.schedule.warmup = "5 epochs"
     config.schedule.cooldown = "10 epochs"
     if args.image_size == 384:
+        config.augment.mix_group_size = 128
         config.data.batch_size = batch_size_384
         config.optim.lr = config.optim.min_lr = 5e-6
         config.optim.weight_decay = 1e-8

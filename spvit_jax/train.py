@@ -13,7 +13,6 @@ import pathlib
 
 import jax
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,12 +25,13 @@ from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, optimizer, report, sharding
+from spvit_jax.training import checkpoint, report, sharding
+from spvit_jax.training import program as program_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.interrupt import Interrupt
 from spvit_jax.training.report import log
-from spvit_jax.training.step import Recipe, eval_step, train_step
+from spvit_jax.training.step import Recipe
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
@@ -80,25 +80,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         teacher = _load_teacher(pathlib.Path(config.distill.teacher), model_config, mesh)
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
-    root = jax.random.key(config.seed)
-    tx = optimizer.make_optimizer(config)
-    learning_rate = optimizer.make_schedule(config)
-
-    def create() -> state_lib.TrainState:
-        model = model_config.build(nnx.Rngs(jax.random.fold_in(root, 0)))
-        return state_lib.create(model, tx, ema=recipe.ema > 0)
-
-    abstract, shardings = sharding.plan(create, mesh, config.mesh.sharding)
-    train_fn = jax.jit(
-        functools.partial(train_step, optimizer=tx, recipe=recipe),
-        donate_argnames="state",
-        out_shardings=shardings,
-    )
-    eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
+    program = program_lib.build(config, model_config, recipe, mesh)
+    root, abstract, shardings = program.root, program.abstract, program.shardings
+    train_fn, eval_fn = program.train_step, program.eval_step
 
     def fresh() -> tuple[state_lib.TrainState, str]:
         """Returns the state before the first step, and where its weights are from."""
-        state = jax.jit(create, out_shardings=shardings)()
+        state = program.create()
         if init_from is None:
             return state, "scratch"
         variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
@@ -180,7 +168,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
                 if step % config.log_every == 0 or step == total_steps:
                     state_lib.check_finite(state)
-                    reporter.train(step, state.metrics, float(learning_rate(step - 1)))
+                    reporter.train(step, state.metrics, float(program.learning_rate(step - 1)))
                     state = state.replace(
                         metrics=jax.device_put(state_lib.zero_metrics(), shardings.metrics)
                     )

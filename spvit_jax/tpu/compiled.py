@@ -1,0 +1,163 @@
+"""Compiles a run's steps for a topology, and reads what they need out of what the compiler made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.tpu import hlo
+from spvit_jax.tpu.chips import GIB
+from spvit_jax.tpu.collectives import Collective, collectives
+
+TEMPORARIES = "activations and temporaries"
+# Kinds of what a step takes, by the name of its leaves; the first that matches decides.
+_KINDS = (
+    (r"^state/model/params/", "parameters"),
+    (r"^state/ema/", "moving average"),
+    (r"^state/opt_state/", "optimizer"),
+    (r"^model/", "weights"),
+    (r"^teacher/", "teacher"),
+    (r"^batch/", "batch"),
+    (r"", "other state"),
+)
+
+
+class DoesNotFitError(Exception):
+    """The compiler found a program too large for a chip.
+
+    Attributes:
+      needed: bytes, by the compiler's account.
+      seconds: that it took to find out.
+      step: which of the steps it is.
+    """
+
+    def __init__(self, needed: float, seconds: float, step: str = "train step"):
+        super().__init__(f"the {step} needs {needed / GIB:.2f} GiB")
+        self.needed, self.seconds, self.step = needed, seconds, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One step of a program, as one chip runs it.
+
+    Attributes:
+      memory: bytes of HBM by kind; together they are the compiler's own total.
+      flops: of products (two for a multiply-add), as they stand in the compiled program.
+      hbm_bytes: that instructions read from HBM and write there.
+      collectives: what is sent to other chips.
+      compiler: the compiler's own figures, for comparison: its sizes, and its analysis of
+        operations and bytes, in which a loop counts once and fast memory like HBM.
+      unknown_loops: how many loops are counted as if they ran once.
+      seconds: that the compiler took.
+    """
+
+    memory: dict[str, int]
+    flops: float
+    hbm_bytes: float
+    collectives: list[Collective]
+    compiler: dict[str, float]
+    unknown_loops: int
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes of HBM."""
+        return sum(self.memory.values())
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the chip sends to others."""
+        return sum(one.sent for one in self.collectives)
+
+
+def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compiled:
+    """Compiles a jitted step and takes its account.
+
+    Args:
+      step: jitted; of `training.program`.
+      arguments: in order, under the names that `Compiled.memory` is sorted by; shapes with
+        shardings.
+      mesh: of a `chips.Topology`.
+
+    Raises:
+      DoesNotFitError: the compiler ran out of the chip's memory.
+    """
+    start = time.monotonic()
+    try:
+        compiled = step.lower(*arguments.values()).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        raise DoesNotFitError(needed, time.monotonic() - start) from error
+    seconds = time.monotonic() - start
+    program = hlo.parse(compiled.as_text())
+    work = hlo.work(program)
+    sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
+    return Compiled(
+        memory=_memory(compiled.input_formats[0], arguments, sizes),
+        flops=2.0 * work.macs,
+        hbm_bytes=float(work.hbm_bytes),
+        collectives=collectives(program, dict(mesh.shape)),
+        compiler={
+            "arguments": sizes.argument_size_in_bytes,
+            "outputs": sizes.output_size_in_bytes,
+            "aliased": sizes.alias_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+            "code": sizes.generated_code_size_in_bytes,
+            "flops": analysis["flops"],
+            "bytes": analysis["bytes accessed"],
+        },
+        unknown_loops=program.loops_of_unknown_length(),
+        seconds=seconds,
+    )
+
+
+def _memory(formats: Any, arguments: Mapping[str, Any], sizes: Any) -> dict[str, int]:
+    """Returns the bytes of HBM by kind: of each argument in its layout, and of what is beside."""
+    memory = {kind: 0 for _, kind in _KINDS}
+    placed = dict(zip(arguments, formats, strict=True))
+    layouts = {name: leaf.layout for name, leaf in named_leaves(placed).items() if leaf is not None}
+    for name, leaf in named_leaves(dict(arguments)).items():
+        kind = next(kind for pattern, kind in _KINDS if re.search(pattern, name))
+        if layouts.get(name) is not None:  # it has none where the program does not use it
+            memory[kind] += _padded_bytes(leaf, layouts[name])
+    memory["outputs"] = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    memory[TEMPORARIES] = sizes.temp_size_in_bytes
+    memory["code"] = sizes.generated_code_size_in_bytes
+    return {kind: size for kind, size in memory.items() if size}
+
+
+def _padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> int:
+    """Returns the bytes of one chip's part of an array: whole tiles of its layout."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    itemsize = leaf.dtype.itemsize
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raw = jax.eval_shape(jax.random.key_data, leaf)
+        shape, itemsize = raw.shape, raw.dtype.itemsize
+    sides = [shape[axis] for axis in layout.major_to_minor]
+    tile = layout.tiling[0] if layout.tiling else ()
+    sides = [1] * (len(tile) - len(sides)) + sides
+    for place, side in enumerate(reversed(tile), start=1):
+        sides[-place] = math.ceil(sides[-place] / side) * side
+    return math.prod(sides) * itemsize
+
+
+def _needed(message: str) -> float | None:
+    """Returns the bytes that a program needs, if an error of the compiler is about that."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
+    if found is None:
+        found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if found is None:
+        return math.nan
+    return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ")

@@ -1,0 +1,281 @@
+"""Reads the text of a compiled program: which instructions run on a chip, how often, on what.
+
+The text is XLA's (HLO after all passes). Nothing here knows what the program is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_ITEM = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^{}]*)\})?")  # f32[8,128]{1,0:T(8,128)}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
+_OPERAND = re.compile(r"%([\w.-]+)")
+_FREE = frozenset(
+    {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
+)  # what moves no data, or is counted inside
+
+
+_WINDOW = frozenset({"stride", "pad", "lhs_dilate", "rhs_dilate"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result.
+
+    Attributes:
+      shape: on one chip.
+      itemsize: bytes of an element.
+      in_hbm: whether it lies in the chip's main memory, not in one of its small fast ones.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    in_hbm: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes, without the padding of its layout."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: unique in the program.
+      opcode: such as `all-gather`.
+      arrays: of its result.
+      operands: names of other instructions.
+      attributes: the rest of the line.
+      is_root: whether it is the computation's result.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """Returns the computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of a program, and which of them is run first.
+
+    Attributes:
+      computations: instructions in order, under the computation's name.
+      entry: name of the first.
+    """
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        """All instructions under their names."""
+        return {one.name: one for body in self.computations.values() for one in body}
+
+    def executed(self, computation: str | None = None, times: int = 1) -> Iterator[Executed]:
+        """Yields the instructions that a chip runs, those inside of loops with their number."""
+        for one in self.computations[computation or self.entry]:
+            if one.opcode == "while":
+                yield from self.executed(one.called("body"), times * (self.trips(one) or 1))
+            elif one.opcode == "conditional":
+                for branch in _branches(one):  # as if all were taken: not less than what is
+                    yield from self.executed(branch, times)
+            elif one.opcode == "call":
+                yield from self.executed(one.called("to_apply"), times)
+            else:
+                yield Executed(one, times)
+
+    def loops_of_unknown_length(self) -> int:
+        """Returns how many loops are counted as if they ran once."""
+        loops = [one for one in self.instructions.values() if one.opcode == "while"]
+        return sum(self.trips(loop) is None for loop in loops)
+
+    def trips(self, loop: Instruction) -> int | None:
+        """Returns how often a loop runs: of one that counts from 0, its limit; else None."""
+        known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
+        if known:
+            return int(known[1])
+        condition = self.computations[loop.called("condition") or ""]
+        root = next(one for one in condition if one.is_root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = self.instructions[root.operands[1]]
+        value = re.match(r"\((\d+)\)", limit.attributes) if limit.opcode == "constant" else None
+        return int(value[1]) if value else None
+
+    def inside(self, one: Instruction) -> Iterator[Instruction]:
+        """Yields an instruction, or where it is a fusion, what was fused."""
+        fused = one.called("calls") if one.opcode == "fusion" else None
+        if fused is None:
+            yield one
+        else:
+            for inner in self.computations[fused]:
+                yield from self.inside(inner)
+
+
+class Executed(NamedTuple):
+    """An instruction, and how often it runs in one step."""
+
+    instruction: Instruction
+    times: int
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            header = _HEADER.match(line)
+            if header:
+                current = computations.setdefault(header[2], [])
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        else:
+            name = _NAME.match(line)
+            if name:
+                current.append(_instruction(name, line[name.end() :]))
+    if not entry:
+        raise ValueError("not the text of a program: it has no ENTRY")
+    return Program(computations, entry)
+
+
+class Work(NamedTuple):
+    """What a chip does in one step, loops included.
+
+    Attributes:
+      macs: multiply-adds of products.
+      bytes: read and written by instructions, wherever the operands lie.
+      hbm_bytes: those of them that lie in HBM.
+    """
+
+    macs: int
+    bytes: int
+    hbm_bytes: int
+
+
+def work(program: Program, *, repeat: bool = True) -> Work:
+    """Counts what a program does; without `repeat` a loop counts once, as in XLA's analysis."""
+    macs, everywhere, in_hbm = 0, 0, 0
+    for one, times in program.executed():
+        times = times if repeat else 1
+        macs += times * sum(_products(program, inner) for inner in program.inside(one))
+        traffic = _traffic(program, one)
+        everywhere, in_hbm = everywhere + times * traffic[0], in_hbm + times * traffic[1]
+    return Work(macs, everywhere, in_hbm)
+
+
+def _instruction(name: re.Match[str], rest: str) -> Instruction:
+    """Reads what follows `%name = `: a type, an opcode, operands, attributes."""
+    end = _end_of_type(rest)
+    opcode, _, tail = rest[end:].lstrip().partition("(")
+    operands, _, attributes = tail.partition(")")
+    if opcode == "constant":
+        attributes = f"({operands})"
+    return Instruction(
+        name=name[2],
+        opcode=opcode,
+        arrays=tuple(_array(item) for item in _ITEM.finditer(rest[:end])),
+        operands=tuple(_OPERAND.findall(operands)),
+        attributes=attributes,
+        is_root=name[1] is not None,
+    )
+
+
+def _end_of_type(text: str) -> int:
+    if not text.startswith("("):
+        return text.index(" ")
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place + 1
+    raise ValueError(f"cannot read {text[:200]!r}")
+
+
+def _array(item: re.Match[str]) -> Array:
+    kind, bits, sides, layout = item.groups()
+    shape = tuple(int(side) for side in sides.split(",")) if sides else ()
+    itemsize = max(int(bits) // 8, 1) if bits else 1  # pred has no number
+    return Array(shape, itemsize, kind != "token" and not re.search(r"S\(\d", layout or ""))
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    found = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+    if found:
+        return _OPERAND.findall(found[1])
+    names = [conditional.called(f"{which}_computation") for which in ("true", "false")]
+    return [name for name in names if name]
+
+
+def _products(program: Program, one: Instruction) -> int:
+    """Returns the multiply-adds of a product; on TPUs all of them are convolutions.
+
+    The batch of a batched product is a spatial axis there, with a window as large as itself in
+    which one place alone is not padding; so only places inside the operand are counted.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    if one.opcode != "convolution" or labels is None:
+        return 0
+    left, right = (program.instructions[name].arrays[0].shape for name in one.operands[:2])
+    result = one.arrays[0].shape
+    count = result[labels[3].index("b")] * result[labels[3].index("f")]
+    count *= right[labels[2].index("i")]
+    window = dict(re.findall(r"(\w+)=([\d_x-]+)", one.attributes.partition("window={")[2]))
+    for axis in range(len(result) - 2):
+        name = str(axis)
+        count *= _places(
+            left[labels[1].index(name)],
+            right[labels[2].index(name)],
+            result[labels[3].index(name)],
+            {key: value.split("x")[axis] for key, value in window.items() if key in _WINDOW},
+        )
+    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
+    return count // int(groups[1]) if groups else count
+
+
+def _places(size: int, kernel: int, results: int, window: dict[str, str]) -> int:
+    """Returns how often, along one axis, a place of the kernel meets one of the operand.
+
+    That is, for how many results r and places k of the kernel stride·r + spread·k - before is a
+    multiple of `apart` from 0 to that of the last element.
+    """
+    stride, apart, spread = (
+        int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    offset = spread * np.arange(kernel) - int(window.get("pad", "0_0").split("_")[0])
+    first = np.maximum(-(offset // stride), 0)
+    last = np.minimum(((size - 1) * apart - offset) // stride, results - 1)
+    common = math.gcd(stride, apart)
+    period = apart // common
+    # Among the results from the first to the last, one in `period` meets an element.
+    phase = (-(offset // common) * pow(stride // common, -1, period)) % period
+    met = (last - phase) // period - (first - 1 - phase) // period
+    return int(np.where((offset % common == 0) & (last >= first), met, 0).sum())
+
+
+def _traffic(program: Program, one: Instruction) -> tuple[int, int]:
+    """Returns the bytes that an instruction reads and writes, and those of them in HBM."""
+    if one.opcode in _FREE or one.opcode.endswith("-done"):
+        return 0, 0
+    arrays = [array for name in one.operands for array in program.instructions[name].arrays]
+    arrays += one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
+    return sum(a.nbytes for a in arrays), sum(a.nbytes for a in arrays if a.in_hbm)

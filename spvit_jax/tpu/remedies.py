@@ -1,0 +1,148 @@
+"""What to change so that a run fits its chips: candidates by their likely cost, each compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from spvit_jax.errors import InputError
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.tpu.account import Account, DataFacts, Run, plan, take
+from spvit_jax.tpu.chips import GIB, Topology
+from spvit_jax.tpu.compiled import DoesNotFitError
+
+Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
+_TRIES = 9  # compilations at most
+# Share of the temporaries that is left when blocks are recomputed; a guess, for the order alone.
+_LEFT_BY_REMAT = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A configuration that was compiled.
+
+    Attributes:
+      changes: what is different.
+      account: of it; None where it does not fit.
+      needed: bytes of HBM per chip; None where no program can be made of it.
+      reason: why there is no account.
+    """
+
+    changes: Changes
+    account: Account | None
+    needed: float | None
+    reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be run."""
+        return self.account is not None and self.account.fits
+
+
+def attempt(
+    config: ConfigDict, topology: Topology, data: DataFacts, changes: Changes, **kwargs: Any
+) -> Trial:
+    """Compiles a configuration with changes, which may fail."""
+    try:
+        account = take(plan(config, topology, data, changes=changes, **kwargs))
+    except DoesNotFitError as error:
+        return Trial(changes, None, error.needed, str(error))
+    except InputError as error:
+        return Trial(changes, None, None, str(error))
+    reason = "" if account.fits else f"it needs {account.needed / GIB:.2f} GiB"
+    return Trial(changes, account, account.needed, reason)
+
+
+def find(
+    run: Run,
+    config: ConfigDict,
+    needed: float,
+    *,
+    ways: int,
+    report: Callable[[Trial], None],
+) -> list[Trial]:
+    """Finds ways to make a run fit, the fastest first.
+
+    Args:
+      run: that does not fit.
+      config: of it, not resolved.
+      needed: bytes of HBM that it asks for.
+      ways: how many to look for.
+      report: is told of each trial.
+
+    Returns:
+      At most so many that fit, each compiled; there may be none.
+    """
+    found: list[Trial] = []
+    for changes in itertools.islice(candidates(run, needed), _TRIES):
+        if len(found) == ways:
+            break
+        trial = attempt(config, run.topology, run.data, changes, teacher=run.teacher)
+        report(trial)
+        if trial.fits:
+            found.append(trial)
+    return sorted(found, key=lambda trial: trial.account.bound.seconds if trial.account else 0)
+
+
+def candidates(run: Run, needed: float) -> Iterator[Changes]:
+    """Yields changes that may make a run fit, those that cost little first.
+
+    Recomputing blocks costs a third more operations; splitting parameters costs communication;
+    micro-batches cost nothing but small matrices, and where parameters are split communicate for
+    each. Several at once come last. What cannot be enough by far is left out.
+    """
+    usable = run.topology.chip.usable_hbm
+    chips, parts = run.mesh.size, run.config.optim.accumulate
+    fsdp, is_split = run.config.mesh.fsdp, run.config.mesh.sharding == "fsdp"
+    state = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in named_leaves(run.program.abstract).values()
+    )
+    rest = max(needed - state, 0)
+    accumulations = [
+        count
+        for count in range(parts + 1, run.config.data.batch_size // chips + 1)
+        if run.config.data.batch_size % (chips * count) == 0
+    ]
+    splits = [count for count in range(fsdp + 1, chips + 1) if chips % count == 0]
+    remats = [False] if run.model.remat else [False, True]
+    estimates = []
+    for remat, count, split in itertools.product(remats, [parts, *accumulations], [fsdp, *splits]):
+        changes: Changes = {}
+        if remat:
+            changes["model.remat"] = True
+        if count != parts:
+            changes["optim.accumulate"] = count
+        if split != fsdp:
+            changes["mesh.fsdp"] = split
+            if run.config.mesh.data != -1:
+                changes["mesh.data"] = -1
+            if not is_split:
+                changes["mesh.sharding"] = "fsdp"
+        estimate = state * fsdp / split
+        estimate += rest * parts / count * (_LEFT_BY_REMAT if remat else 1)
+        if changes and estimate <= usable:
+            estimates.append(((len(_kinds(changes)), count, remat, split), changes))
+    # Of each combination of kinds the mildest first, and one stronger in case it is not enough.
+    ranked = sorted(estimates, key=lambda pair: pair[0])
+    by_kind: dict[frozenset[str], list[Changes]] = {}
+    for _, changes in ranked:
+        by_kind.setdefault(_kinds(changes), []).append(changes)
+    for rank in range(2):
+        for same in by_kind.values():
+            if len(same) > rank:
+                yield same[rank]
+
+
+def _kinds(changes: Changes) -> frozenset[str]:
+    return frozenset(changes) - {"mesh.sharding", "mesh.data"}
+
+
+def as_flags(changes: Changes) -> str:
+    """Returns changes as they are given on the command line."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items()) or "as it is"

@@ -1,0 +1,23 @@
+"""What the tests that compile for TPUs share."""
+
+import importlib.util
+
+import pytest
+
+from spvit_jax.tpu import chips, environment
+from spvit_jax.tpu.account import DataFacts, plan
+from tests.test_config import digits
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install -r requirements-tpu.txt",
+)
+
+DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
+# Wide enough that tiles of TPUs are full and products count; compiled in seconds.
+WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1}
+
+
+def planned(topology, changes):
+    environment.prepare()
+    return plan(digits("vit"), chips.topology(topology), DIGITS, changes=changes)

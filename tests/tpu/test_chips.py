@@ -1,0 +1,68 @@
+"""Names of topologies, and the facts behind them."""
+
+import importlib.util
+
+import pytest
+
+from spvit_jax.errors import InputError
+from spvit_jax.tpu import chips, environment
+from tests.tpu.compiler import needs_libtpu
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "count", "hosts"),
+    [
+        ("v5e:1x1", 1, 1),
+        ("v5e:4x4", 16, 4),
+        ("v5e:16x16", 256, 64),
+        ("v5p:2x2x2", 8, 2),
+        ("v6e:4x4", 16, 4),
+        ("v4:2x2x2", 8, 2),  # one device per chip, not per core
+        ("v5p:4x4x12", 192, 48),
+    ],
+)
+def test_topologies(name, count, hosts):
+    environment.prepare()
+    topology = chips.topology(name)
+    assert (len(topology.devices), topology.hosts) == (count, hosts)
+    assert topology.chip.name == name.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "v6:4x4",
+            "expected one of v4, v5e, v5p, v6e and a shape in chips; did you mean 'v6e:4x4'",
+        ),
+        ("v5e:3x5", "v5e comes in 1x1, 2x2, .*; did you mean 'v5e:4x4'"),
+        ("v5e:4x2", "did you mean 'v5e:2x4'"),
+        ("v5e:32x32", "did you mean 'v5e:16x16'"),
+        ("v5p:4x4", "more cubes of 4x4x4; did you mean 'v5p:2x2x4'"),
+        ("v5p:4x4x6", "did you mean"),
+        ("v5e", "did you mean 'v5e:"),
+        ("", "unknown topology ''"),
+    ],
+)
+def test_unknown_topologies(name, words):
+    with pytest.raises(InputError, match=words):
+        chips.topology(name)
+
+
+def test_facts_are_consistent():
+    for chip in chips.CHIPS.values():
+        assert 0.9 * chip.hbm < chip.usable_hbm < 1.02 * chip.hbm
+        # All of these chips do between 150 and 600 operations for a byte of memory, and links are
+        # several times slower than memory.
+        assert 150 < chip.flops / chip.hbm_bandwidth < 600
+        assert 3 < chip.hbm_bandwidth / chip.ici_bandwidth < 6
+
+
+def test_missing_libtpu_is_one_clear_error(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+    )
+    with pytest.raises(InputError, match=r"pip install -r requirements-tpu\.txt"):
+        environment.prepare()
