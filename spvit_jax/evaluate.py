@@ -57,6 +57,7 @@ def evaluate_checkpoint(
         | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    cluster.connect(mesh)
     found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)

@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    cluster.connect(mesh)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)

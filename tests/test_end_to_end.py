@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -66,8 +67,12 @@ def wait_until(condition, process, seconds=240):
 
 
 def saved_arrays(workdir, step):
+    directory = workdir / "checkpoints" / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "default")
+        # As NumPy's, whatever the devices were that it was saved from.
+        names = checkpointer.metadata(directory).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        tree = checkpointer.restore(directory, restore_args=kinds)
     return traverse_util.flatten_dict(tree, sep="/")
 
 

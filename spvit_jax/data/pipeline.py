@@ -50,7 +50,7 @@ class Share:
     def _rows(self, batch_size: int) -> np.ndarray:
         """Returns the rows [b] of a global batch that the process reads."""
         if batch_size % self.count:
-            raise InputError(f"batch size {batch_size} is not a multiple of {self.count}")
+            raise InputError(f"batch size {batch_size} is not a multiple of the {self.count} parts")
         rows = np.arange(batch_size).reshape(self.count, -1)
         return rows[np.atleast_1d(self.parts)].reshape(-1)
 

@@ -30,7 +30,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax._src import distributed as jax_distributed
+from jax.sharding import PartitionSpec as P
 
 import spvit_jax
 from spvit_jax.errors import InputError
@@ -129,6 +131,25 @@ def joined(address: Address | None, *, notices: bool = False) -> Iterator[None]:
         _fail(error)
     finally:
         done.set()
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+    """Connects the devices of CPU processes along each axis, while the processes are in step.
+
+    Gloo, which carries their sums, otherwise connects at the first step, and gives up if one
+    process has compiled it half a minute later than another.
+    """
+    if not is_formed() or jax.default_backend() != "cpu":
+        return
+    gather("")
+    axes = mesh.axis_names
+
+    def sums(x: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(x, over) for over in (*axes, axes)]
+
+    specs = [P(*(None if axis == over else axis for axis in axes)) for over in axes]
+    summed = jax.shard_map(sums, mesh=mesh, in_specs=P(*axes), out_specs=[*specs, P()])
+    jax.block_until_ready(jax.jit(summed)(np.ones(mesh.devices.shape, np.float32)))
 
 
 def is_formed() -> bool:
