@@ -43,6 +43,7 @@ _HEARTBEAT_TIMEOUT = 30  # seconds
 _POLL = 1.0  # seconds between looks at whether another process has failed
 _GOODBYE = 10.0  # seconds in which a failing process lets the others read why
 _PATIENCE = 60  # seconds until the processes that are waited for are named
+_SEEN_WITHIN = 30  # seconds in which a network file system shows a file to all
 _PREFIX = "spvit_jax"
 # Versions that change numbers, or what is in a checkpoint.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
@@ -213,7 +214,7 @@ def check_shared(folder: pathlib.Path) -> None:
     if is_primary():
         (folder / name).touch()
     gather("")  # it is there now
-    deadline = time.monotonic() + _PATIENCE  # a network file system may show it late
+    deadline = time.monotonic() + _SEEN_WITHIN
     while not (seen := (folder / name).exists()) and time.monotonic() < deadline:
         time.sleep(_POLL)
     problem = [f"another folder {folder} than process 0"] if not seen else []
@@ -368,6 +369,8 @@ def _fail(error: BaseException) -> NoReturn:
             for folder in ("read", "failed"):
                 known = client.key_value_dir_get(f"{_PREFIX}/{folder}/")
                 others -= {key.rpartition("/")[2] for key, _ in known}
+        if rank == 0:
+            time.sleep(_POLL)  # with it goes the store, and the others may still be leaving
     _end(code)
 
 
