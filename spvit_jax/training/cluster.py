@@ -51,6 +51,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ten
 _LOCAL = ("config.data.data_dir", "config.data.threads")
 
 _rounds = itertools.count()
+_ending = threading.Lock()  # so that one reason is said: the own one or another process's
 _kept: list[Any] = []  # what C calls must live as long as the process
 
 
@@ -325,7 +326,7 @@ def _name_what_aborts() -> None:
 
     def on_abort(signum: int) -> None:
         del signum
-        os.write(sys.stderr.fileno(), message)
+        os.write(2, message)
         os._exit(1)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
@@ -343,7 +344,7 @@ def _watch(done: threading.Event) -> None:
             return  # the coordinator is gone, which JAX notices by itself
         for key, notice in sorted(notices):
             culprit, (code, message) = key.rpartition("/")[2], json.loads(notice)
-            if int(culprit) != rank and not done.is_set():
+            if int(culprit) != rank and _ending.acquire(blocking=False):
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     client.key_value_set(f"{_PREFIX}/read/{rank}", "")
                 _end(code, f"error: process {culprit} has stopped: {message}")
@@ -351,6 +352,7 @@ def _watch(done: threading.Event) -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Ends this process, after the others have read why."""
+    _ending.acquire()
     code = 2 if isinstance(error, InputError) else 1
     message = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in message:
