@@ -94,9 +94,9 @@ def assert_same_numbers(workdir, reference):
     for section in ("model/params", "model/stats", "ema", "opt_state"):
         assert any(name.startswith(section) for name in ours)
     for name in ours:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
     for one, other in zip(records_of(workdir), records_of(reference), strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def assert_same_bits(workdir, reference):
