@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
+from spvit_jax.training import cluster
 
 T = TypeVar("T")
 Getter = Callable[[], T]  # of a flag's value, once flags are parsed
+
+STOPPED_EARLY = os.EX_TEMPFAIL  # 75: all is saved; start the same command again
 
 
 def run(main: Callable[[], object]) -> None:
@@ -70,3 +74,27 @@ def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     if required:
         flags.mark_flag_as_required("config")
     return lambda: holder.value
+
+
+def cluster_flags() -> Getter[cluster.Address | None]:
+    """Defines the flags of several processes; the function gives where this one belongs, if so."""
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where several processes train as one."
+    )
+    num_processes = flags.DEFINE_integer("num_processes", None, "How many there are of them.")
+    process_id = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    distributed = flags.DEFINE_bool(
+        "distributed", None, "On a pod: find the other processes. By default where GKE names them."
+    )
+    timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait until all have come.")
+
+    def address() -> cluster.Address | None:
+        told = coordinator.value, num_processes.value, process_id.value
+        if told == (None, None, None):
+            wanted = cluster.is_pod() if distributed.value is None else distributed.value
+            return cluster.Address(timeout=timeout.value) if wanted else None
+        if distributed.value:
+            raise InputError("--distributed finds the processes by itself; leave --coordinator out")
+        return cluster.Address(*told, timeout=timeout.value)
+
+    return address

@@ -268,13 +268,16 @@ def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> Evaluatio
     )
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, in_use: bool) -> None:
+def claim_workdir(
+    workdir: pathlib.Path, config: ConfigDict, *, in_use: bool, write: bool = True
+) -> None:
     """Creates the workdir and writes the resolved configuration there.
 
     Args:
       workdir: the folder.
       config: resolved.
       in_use: whether it holds checkpoints, with which the configuration must then agree.
+      write: whether to write; of several processes one does, and all compare.
 
     Raises:
       InputError: the workdir belongs to another configuration, or cannot be written.
@@ -287,6 +290,8 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, in_use: bool) ->
                 f"workdir {workdir} belongs to a run with another configuration "
                 f"({'; '.join(changes)}); choose another --workdir, or the same settings to go on"
             )
+    if not write:
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(config))

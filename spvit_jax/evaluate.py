@@ -25,7 +25,7 @@ from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform
-from spvit_jax.training import sharding
+from spvit_jax.training import cluster, sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step
 
@@ -52,7 +52,12 @@ def evaluate_checkpoint(
     data = config.data
     source = datasets.for_evaluation(data, split or data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
+    cluster.agree(
+        {f"config.{key}": value for key, value in config_lib.flatten(config.to_dict()).items()}
+        | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    cluster.connect(mesh)
     found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)
@@ -66,7 +71,7 @@ def evaluate_checkpoint(
                 *config_lib.evaluation_of(config, model_config.image_shape),
             ),
             batch_size=sharding.round_up(data.eval_batch_size, mesh),
-            share=pipeline.Share(jax.process_index(), jax.process_count()),
+            share=pipeline.Share(*sharding.local_parts(mesh)),
             threads=data.threads,
             max_unreadable=data.max_unreadable,
         )
@@ -88,19 +93,22 @@ def main() -> None:
     weights = flags.DEFINE_enum("weights", "auto", ["auto", "ema", "model"], "Which weights.")
     split = flags.DEFINE_string("split", None, "Split of the data set; default data.eval_split.")
     output = flags.DEFINE_string("json", None, "File to write the results to.")
+    address = cli.cluster_flags()
 
     def run() -> None:
-        results = evaluate_checkpoint(
-            config(),
-            pathlib.Path(path.value),
-            which=which.value,
-            weights=weights.value,
-            split=split.value,
-        )
-        text = json.dumps(results, indent=2) + "\n"
-        if output.value:
-            pathlib.Path(output.value).write_text(text)
-        sys.stdout.write(text)
+        with cluster.joined(address()):
+            results = evaluate_checkpoint(
+                config(),
+                pathlib.Path(path.value),
+                which=which.value,
+                weights=weights.value,
+                split=split.value,
+            )
+            text = json.dumps(results, indent=2) + "\n"
+            if cluster.is_primary():
+                if output.value:
+                    pathlib.Path(output.value).write_text(text)
+                sys.stdout.write(text)
 
     cli.run(run)
 

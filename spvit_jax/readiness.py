@@ -153,7 +153,7 @@ def _init_from(run: Run) -> tuple[None, str]:
 
 def _workdir(run: Run, workdir: pathlib.Path) -> tuple[None, str]:
     """Checks that a workdir can be written to, is not another run's, and has room."""
-    if checkpoint.exists(workdir) and (workdir / "config.json").exists():
+    if checkpoint.newest(workdir) is not None and (workdir / "config.json").exists():
         changes = config_lib.differences(config_lib.from_json(workdir / "config.json"), run.config)
         if changes:
             raise InputError(

@@ -3,6 +3,7 @@
     python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The same command started again continues the run in that workdir, to the same end, bit for bit.
+It exits with code 0 when the run is complete, and with 75 when it has to be started again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import sys
 
 import jax
 from absl import flags
@@ -25,7 +27,7 @@ from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, report, sharding
+from spvit_jax.training import checkpoint, cluster, report, sharding
 from spvit_jax.training import program as program_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
@@ -63,14 +65,19 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         num_classes=train_source.num_classes,
         grid=None if label_maps is None else model_config.grid,
     )
+    cluster.agree(
+        {f"config.{key}": value for key, value in config_lib.flatten(config.to_dict()).items()}
+        | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    cluster.connect(mesh)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
     mix.check_group_size(batch_size // recipe.accumulate, recipe.mix_token)
-    share = pipeline.Share(jax.process_index(), jax.process_count())
+    share = pipeline.Share(*sharding.local_parts(mesh))
     protocol = config_lib.evaluation_of(config, model_config.image_shape)
-    in_use = checkpoint.exists(workdir)
+    in_use = checkpoint.newest(workdir) is not None
     init_from = None
     if config.init_from and not in_use:
         init_from = weights.find(pathlib.Path(config.init_from), model_config)
@@ -115,7 +122,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     )
 
     if not dry_run:
-        config_lib.claim_workdir(workdir, config, in_use=in_use)
+        config_lib.claim_workdir(workdir, config, in_use=in_use, write=cluster.is_primary())
+        cluster.check_shared(workdir)
     report.start_logging(None if dry_run else workdir)
     report.summarize(
         config,
@@ -161,7 +169,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
             ) as reporter,
         ):
             # ── Steps ────────────────────────────────────────────────────────────────────────────
-            while step < total_steps and not interrupt.requested:
+            while step < total_steps and not interrupt.requested(step):
                 state = train_fn(state, sharding.put_batch(next(batches), mesh), root, teacher)
                 step += 1
                 reporter.advance()
@@ -170,7 +178,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
                     state_lib.check_finite(state)
                     reporter.train(step, state.metrics, float(program.learning_rate(step - 1)))
                     state = state.replace(
-                        metrics=jax.device_put(state_lib.zero_metrics(), shardings.metrics)
+                        metrics=jax.jit(state_lib.zero_metrics, out_shardings=shardings.metrics)()
                     )
 
                 results = None
@@ -185,7 +193,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
                     checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
-        if interrupt.requested:
+        if step < total_steps:
             state_lib.check_finite(state)
             checkpoints.save(step, state)
             log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
@@ -228,7 +236,15 @@ def main() -> None:
         "workdir", None, "Folder of the run; created if need be.", required=True
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Check everything, take one step, and end.")
-    cli.run(lambda: train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value))
+    address = cli.cluster_flags()
+
+    def run() -> None:
+        with cluster.joined(address(), notices=True):
+            complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
+        if not complete and not dry_run.value:
+            sys.exit(cli.STOPPED_EARLY)
+
+    cli.run(run)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -54,8 +55,12 @@ def wait_until(condition, process, seconds=240):
 
 
 def saved_arrays(workdir, step):
+    directory = workdir / "checkpoints" / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "default")
+        # As NumPy's, whatever the devices were that it was saved from.
+        names = checkpointer.metadata(directory).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        tree = checkpointer.restore(directory, restore_args=kinds)
     return traverse_util.flatten_dict(tree, sep="/")
 
 
@@ -69,3 +74,9 @@ def assert_same_run(workdir, reference, step=120):
         assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
     records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
     assert records[0] == records[1]
+
+
+def newest_step(workdir):
+    folder = workdir / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=0)

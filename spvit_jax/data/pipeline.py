@@ -34,25 +34,28 @@ class Share:
     """Which part of each global batch a process reads.
 
     Attributes:
-      index: the process, in 0 … count-1.
-      count: the number of processes.
+      parts: of the equal parts that a batch is cut into, the one that the process reads, or
+        several in rising order; in 0 … count-1.
+      count: the number of parts.
     """
 
-    index: int = 0
+    parts: int | tuple[int, ...] = 0
     count: int = 1
 
     def of(self, batch_size: int) -> int:
         """Returns the examples of a global batch that one process reads."""
-        if batch_size % self.count:
-            raise InputError(
-                f"batch size {batch_size} is not a multiple of the {self.count} processes"
-            )
-        return batch_size // self.count
+        return len(self._rows(batch_size))
 
     def ordinals(self, step: tf.Tensor, batch_size: int) -> tf.Tensor:
         """Returns the places int64 [b] of the process's examples in the stream of all batches."""
-        local = self.of(batch_size)
-        return step * batch_size + self.index * local + tf.range(local, dtype=tf.int64)
+        return step * batch_size + tf.constant(self._rows(batch_size), tf.int64)
+
+    def _rows(self, batch_size: int) -> np.ndarray:
+        """Returns the rows [b] of a global batch that the process reads."""
+        if batch_size % self.count:
+            raise InputError(f"batch size {batch_size} is not a multiple of the {self.count} parts")
+        rows = np.arange(batch_size).reshape(self.count, -1)
+        return rows[np.atleast_1d(self.parts)].reshape(-1)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -108,7 +111,7 @@ def train_batches(
     Args:
       source: the training examples.
       transform: makes an image from its encoding and a seed.
-      batch_size: of the global batch, a multiple of the number of processes.
+      batch_size: of the global batch, a multiple of the share's number of parts.
       seed: of order and augmentation.
       start_step: the step of the first batch.
       repeats: how often an example occurs in a row, each time augmented anew (repeated
@@ -127,8 +130,8 @@ def train_batches(
       `TrainTransform.with_box` returns them.
 
     Raises:
-      InputError: the batch size is not a multiple of the number of processes; later, in the
-        iterator: too many examples cannot be read.
+      InputError: the batch size is not a multiple of the share's number of parts; later, in
+        the iterator: too many examples cannot be read.
     """
     local = share.of(batch_size)
 
@@ -164,7 +167,7 @@ def eval_batches(
     Args:
       source: the examples.
       transform: makes an image from its encoding.
-      batch_size: of the global batch, a multiple of the number of processes.
+      batch_size: of the global batch, a multiple of the share's number of parts.
       share: which part of each batch this process reads; all get the same number of batches.
       threads: as in `train_batches`.
       max_unreadable: how many examples may turn out damaged; their mask is 0.
@@ -175,8 +178,8 @@ def eval_batches(
       for padding.
 
     Raises:
-      InputError: the batch size is not a multiple of the number of processes; later, in the
-        iterator: too many examples cannot be read.
+      InputError: the batch size is not a multiple of the share's number of parts; later, in
+        the iterator: too many examples cannot be read.
     """
     local, total = share.of(batch_size), len(source)
 

@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from spvit_jax.errors import InputError, check_shapes
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
+from spvit_jax.training import cluster
 from spvit_jax.training.state import Variables
 
 log = logging.getLogger("spvit_jax")
@@ -61,8 +62,12 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # To wait for a save is to wait for all processes, which have not all failed unless the
+        # loss, which they share, has.
+        alone = jax.process_count() == 1
+        if alone or error is None or isinstance(error, FloatingPointError):
+            self._manager.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts to save the state after a step; it is copied before this returns.
@@ -91,19 +96,25 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             directory = self._workdir / _FOLDER / str(step)
+            state, problem = None, ""
             try:
-                return _from_tree(_read(directory, _to_tree(abstract)), abstract)
+                state = _from_tree(_read(directory, _to_tree(abstract)), abstract)
             except InputError:
                 raise
             except Exception as error:  # whatever a damaged file makes orbax raise
-                damaged.append(self._move_aside(directory))
-                log.warning(
-                    "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
-                    "the one before it (%s)",
-                    step,
-                    damaged[-1],
-                    _first_line(error),
-                )
+                problem = _first_line(error)
+            # A file may be damaged where only some of the processes read it.
+            problems = [text for text in cluster.gather(problem) if text]
+            if not problems:
+                return state
+            damaged.append(self._move_aside(directory))
+            log.warning(
+                "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
+                "the one before it (%s)",
+                step,
+                damaged[-1],
+                problems[0],
+            )
         if damaged:
             raise InputError(
                 f"none of the checkpoints in {self._workdir} could be read; they are now in "
@@ -114,9 +125,11 @@ class Checkpoints:
     def _move_aside(self, directory: pathlib.Path) -> pathlib.Path:
         self._manager.close()
         target = self._workdir / _CORRUPT / directory.name
-        target.parent.mkdir(exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        directory.rename(target)
+        if cluster.is_primary():
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            directory.rename(target)
+        cluster.gather("")  # the others open the folder again once it is done
         self._manager = self._open()
         return target
 
@@ -124,9 +137,10 @@ class Checkpoints:
         return ocp.CheckpointManager(self._workdir / _FOLDER, options=self._options)
 
 
-def exists(workdir: pathlib.Path) -> bool:
-    """Returns whether a workdir holds a complete checkpoint."""
-    return any(path.name.isdigit() for path in (workdir / _FOLDER).glob("*"))
+def newest(workdir: pathlib.Path) -> int | None:
+    """Returns the step of the newest complete checkpoint in a workdir, if there is one."""
+    names = [path.name for path in (workdir / _FOLDER).glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
@@ -211,7 +225,7 @@ def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = Fa
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), target
     )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         return checkpointer.restore(
             directory / _ITEM,
             args=ocp.args.PyTreeRestore(
@@ -220,13 +234,26 @@ def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = Fa
         )
 
 
+def _reader() -> ocp.Checkpointer:
+    """Returns what reads for this process alone: others may fail to, and would not be waited for.
+
+    Each process reads what its devices hold, so there is nothing to do together.
+    """
+    rank = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"reader{rank}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _saved_shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
     flat = traverse_util.flatten_dict(_metadata(directory).tree, sep="/")
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
 def _metadata(directory: pathlib.Path) -> Any:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         metadata = checkpointer.metadata(directory / _ITEM).item_metadata
     if metadata is None:
         raise FileNotFoundError("its metadata are missing")

@@ -6,24 +6,36 @@ import signal
 from types import FrameType
 from typing import Self
 
+from jax.experimental import multihost_utils
+
+from spvit_jax.training import cluster
+
 
 class Interrupt:
     """A context manager that notes SIGTERM instead of dying of it.
 
-    Attributes:
-      requested: whether the signal has come; asked between steps.
+    In a cluster JAX notes it, on whichever process it comes, and picks a step that all of them
+    have yet to reach.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        if not cluster.is_formed():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        if not cluster.is_formed():
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self, step: int) -> bool:
+        """Returns whether to stop after a step, the same on all processes; asked at each step."""
+        if cluster.is_formed():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame
-        self.requested = True
+        self._noted = True

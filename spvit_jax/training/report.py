@@ -2,7 +2,8 @@
 
 In the workdir: `train.log` for reading, `metrics.jsonl` and TensorBoard event files for plotting.
 `metrics.jsonl` holds only what is a function of the configuration, so that a run that was killed
-and continued leaves the same bytes as one that was not; speed goes to the others.
+and continued leaves the same bytes as one that was not; speed goes to the others. Of several
+processes the first one reports, and the others are silent.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from spvit_jax import config as config_lib
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
+from spvit_jax.training import cluster
 from spvit_jax.training.state import Metrics, means
 
 log = logging.getLogger("spvit_jax")
@@ -53,8 +55,10 @@ def start_logging(workdir: pathlib.Path | None) -> None:
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     screen = _Screen()
     screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    if not cluster.is_primary():
+        screen.setLevel(logging.ERROR)  # all say the same
     handlers: list[logging.Handler] = [screen]
-    if workdir is not None:
+    if workdir is not None and cluster.is_primary():
         handlers.append(logging.FileHandler(workdir / "train.log"))
     for handler in handlers:
         handler.setFormatter(form)
@@ -107,18 +111,23 @@ class Reporter:
         self._total_steps = total_steps
         self._start_step = start_step
         self._stack = contextlib.ExitStack()
-        _forget_after(self._path, start_step)
+        if cluster.is_primary():
+            _forget_after(self._path, start_step)
 
     def __enter__(self) -> Self:
-        self._records = self._stack.enter_context(self._path.open("a"))
-        self._writer = metric_writers.SummaryWriter(str(self._path.parent))
+        writes = cluster.is_primary()
+        path = self._path if writes else pathlib.Path(os.devnull)
+        self._records = self._stack.enter_context(path.open("a"))
+        self._writer: metric_writers.MetricWriter = metric_writers.MultiWriter(
+            [metric_writers.SummaryWriter(str(self._path.parent))] if writes else []
+        )
         self._stack.callback(self._writer.close)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
                 initial=self._start_step,
                 unit="step",
-                disable=not sys.stderr.isatty(),
+                disable=not writes or not sys.stderr.isatty(),
                 dynamic_ncols=True,
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
             )

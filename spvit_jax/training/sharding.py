@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,7 +35,7 @@ PRESETS: dict[str, Rules] = {
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices in a mesh of two axes.
+    """Arranges the devices in a mesh of two axes, data over the slices of a pod.
 
     Args:
       data: size of the axis over which parameters are replicated; -1 for all that fsdp leaves.
@@ -42,7 +43,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
       devices: all of this run's if not given.
 
     Raises:
-      InputError: data · fsdp is not the number of devices.
+      InputError: data · fsdp is not the number of devices, or fsdp does not divide a slice.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -54,7 +55,35 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
             "their product must, and mesh.data=-1 takes what fsdp leaves"
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=devices)
+    return Mesh(_arrange(devices, data, fsdp), ("data", "fsdp"), axis_types)
+
+
+def _arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
+    """Returns the devices as [data, fsdp], each slice of a pod in rows of its own.
+
+    Between slices there is only the network of the data center, which carries the gradients, once
+    per step; parameters, which are gathered in each layer, stay on the links within a slice.
+
+    Raises:
+      InputError: an fsdp axis would span slices.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    sizes = {len(members) for members in slices.values()}
+    if len(sizes) > 1 or sizes.pop() % fsdp:
+        described = ", ".join(str(len(members)) for _, members in sorted(slices.items()))
+        raise InputError(
+            f"mesh.fsdp={fsdp} does not fit into the {len(slices)} slices, which have {described} "
+            "devices; it must divide each, and all must have as many"
+        )
+    rows = [
+        mesh_utils.create_device_mesh(
+            (data // len(slices), fsdp), members, allow_split_physical_axes=True
+        )
+        for _, members in sorted(slices.items())
+    ]
+    return np.concatenate(rows)
 
 
 def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
@@ -100,8 +129,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def local_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Returns the parts of a batch that this process's devices hold, and how many parts there are.
+
+    A batch is cut into a part per device. In a pod's mesh the devices of a process need not stand
+    next to each other, and then its parts do not either.
+    """
+    here = jax.process_index()
+    owners = [device.process_index for device in mesh.devices.flat]
+    return tuple(part for part, owner in enumerate(owners) if owner == here), mesh.size
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes the global batch of what each process has read."""
+    """Makes the global batch of what each process has read: the rows of its `local_parts`."""
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()

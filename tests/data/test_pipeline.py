@@ -138,5 +138,5 @@ def test_evaluation_leaves_images_of_the_right_size_alone(data_dir):
 
 
 def test_batch_that_processes_cannot_share(source):
-    with pytest.raises(InputError, match="not a multiple of the 5 processes"):
+    with pytest.raises(InputError, match="not a multiple of the 5 parts"):
         take(source, 1, share=Share(0, 5))

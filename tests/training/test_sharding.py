@@ -1,12 +1,19 @@
 """The mesh and the rules of placement."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from spvit_jax.config import base, resolve
+from spvit_jax.data.pipeline import Share
 from spvit_jax.errors import InputError
+from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding
+from spvit_jax.training.optimizer import make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -21,6 +28,64 @@ def test_mesh_shapes(data, fsdp, shape):
 def test_mesh_that_does_not_fit_the_devices(data, fsdp):
     with pytest.raises(InputError, match="do not make up the 8 devices"):
         sharding.make_mesh(data, fsdp)
+
+
+def fake(number, slice_index=None, kind="cpu"):
+    """As much of a device as its place in a mesh depends on."""
+    return types.SimpleNamespace(
+        id=number, slice_index=slice_index, device_kind=kind, platform="cpu", process_index=0
+    )
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_data_axis_runs_over_slices_and_fsdp_within(fsdp):
+    devices = [fake(number, slice_index=number % 3) for number in range(12)]
+    arranged = sharding._arrange(devices, 12 // fsdp, fsdp)
+    assert arranged.shape == (12 // fsdp, fsdp)
+    slices = np.vectorize(lambda device: device.slice_index)(arranged)
+    assert (slices == slices[:, :1]).all()  # a row, over which parameters are split, is in one
+    assert slices[:, 0].tolist() == sorted(slices[:, 0])  # and a slice's rows are together
+    assert len({device.id for device in arranged.flat}) == 12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fsdp", "words"),
+    [((4, 4), 8, "the 2 slices, which have 4, 4"), ((4, 2), 2, "the 2 slices, which have 4, 2")],
+)
+def test_mesh_that_does_not_fit_the_slices(sizes, fsdp, words):
+    owners = [number for number, size in enumerate(sizes) for _ in range(size)]
+    devices = [fake(number, slice_index=owner) for number, owner in enumerate(owners)]
+    with pytest.raises(InputError, match=words):
+        sharding.make_mesh(-1, fsdp, devices)
+
+
+def test_parts_of_a_batch_are_those_of_the_own_devices():
+    """As on a v5e, where a process's chips are a square of the mesh and not a row."""
+    owners = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+    devices = np.vectorize(lambda owner: types.SimpleNamespace(process_index=owner))(owners)
+    mesh = types.SimpleNamespace(devices=devices, size=8)
+    assert sharding.local_parts(mesh) == ((0, 1, 4, 5), 8)
+    rows = Share(*sharding.local_parts(mesh)).ordinals(np.int64(2), 16)
+    assert rows.numpy().tolist() == [32, 33, 34, 35, 40, 41, 42, 43]
+
+
+def test_moments_and_averages_lie_where_their_parameters_do():
+    mesh = sharding.make_mesh(2, 4)
+    model = {"kernel": jnp.zeros((16, 12)), "bias": jnp.zeros(12), "pos_embed": jnp.zeros((1, 8))}
+    for name in ("adamw", "lamb", "sgd"):
+        config = base()
+        config.optim.name = name
+        moments = make_optimizer(resolve(config, num_examples=1024)).init(model)
+        placed = sharding.state_shardings({"model": model, "opt_state": moments}, mesh, "fsdp")
+        own = {key: place.spec for key, place in placed["model"].items()}
+        assert own == {"kernel": P("fsdp"), "bias": P("fsdp"), "pos_embed": P(None, "fsdp")}
+        followed = [
+            place.spec == own[name.rpartition("/")[2]]
+            for name, place in named_leaves(placed["opt_state"]).items()
+            if name.rpartition("/")[2] in own
+        ]
+        assert len(followed) == (3 if name == "sgd" else 6)
+        assert all(followed)
 
 
 def test_largest_dimension_that_divides_is_split():
