@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -92,8 +93,13 @@ def prepare(
         raise InputError(f"{manual_dir} holds neither {files}")
 
     final = pathlib.Path(builder.data_dir)
-    growing = final.with_name(f"{final.name}.unfinished")
+    # What was begun is gone on with if it was of the same files.
+    contents = zlib.crc32(repr((num_shards, found)).encode())
+    growing = final.with_name(f"{final.name}.unfinished-{contents:08x}")
     with only_one_process(data_dir):
+        builder = builder_of(NAME, str(data_dir))
+        if builder.is_prepared():  # by another process, meanwhile
+            return builder
         growing.mkdir(parents=True, exist_ok=True)
         _check_space(growing, found)
         infos = [

@@ -112,7 +112,6 @@ def test_labels_of_slices_are_those_of_their_records(split, prepared, stock):
 
 def test_after_an_interruption_it_goes_on(manual_dir, prepared, tmp_path):
     """What is finished is not written again, and a half-written file is."""
-    unfinished = folder(tmp_path).with_name("5.1.0.unfinished")
     script = f"""
 import os, pathlib
 from spvit_jax.data import imagenet
@@ -128,6 +127,7 @@ imagenet.prepare(pathlib.Path({str(manual_dir)!r}), root, partial=True, num_shar
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True)
     assert killed.returncode == -9, killed.stderr
+    (unfinished,) = folder(tmp_path).parent.glob("5.1.0.unfinished-*")
     finished = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("imagenet*")}
     assert len(finished) == 3
     with pytest.raises(InputError, match=r"python -m spvit_jax\.data\.prepare"):
@@ -138,6 +138,26 @@ imagenet.prepare(pathlib.Path({str(manual_dir)!r}), root, partial=True, num_shar
     assert not unfinished.exists()
     for name, modified in finished.items():
         assert (folder(tmp_path) / name).stat().st_mtime_ns == modified
+
+
+def test_what_was_begun_with_other_archives_is_left_alone(
+    manual_dir, prepared, tmp_path, monkeypatch
+):
+    """A part of ImageNet was tried first, and never finished."""
+    other = archives.make(tmp_path / "other", per_class=5)
+    write = imagenet._write_split
+
+    def write_until(builder, manual_dir, directory, split, *args):
+        if split == "validation":
+            raise KeyboardInterrupt
+        return write(builder, manual_dir, directory, split, *args)
+
+    monkeypatch.setattr(imagenet, "_write_split", write_until)
+    with pytest.raises(KeyboardInterrupt):
+        imagenet.prepare(other, tmp_path, partial=True, num_shards=SHARDS)
+    monkeypatch.undo()
+    imagenet.prepare(manual_dir, tmp_path, partial=True, num_shards=SHARDS)
+    assert records(tmp_path) == records(prepared)
 
 
 def test_a_full_disk_keeps_what_is_finished(manual_dir, prepared, tmp_path):
