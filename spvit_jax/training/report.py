@@ -56,7 +56,7 @@ def start_logging(workdir: pathlib.Path | None) -> None:
     screen = _Screen()
     screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     if not cluster.is_primary():
-        screen.setLevel(logging.ERROR)  # all say the same
+        screen.setLevel(logging.WARNING)  # the rest all say alike
     handlers: list[logging.Handler] = [screen]
     if workdir is not None and cluster.is_primary():
         handlers.append(logging.FileHandler(workdir / "train.log"))
@@ -176,7 +176,8 @@ class Reporter:
         self._writer.write_scalars(step, named)
         self._records.write(json.dumps({"step": step, **named}) + "\n")
         self._records.flush()
-        os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
+        if cluster.is_primary():
+            os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step
