@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     source = datasets.for_evaluation(data, split or data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     cluster.agree(
-        {f"config.{key}": value for key, value in config_lib.flatten(config.to_dict()).items()}
+        config_lib.flatten({"config": config.to_dict()})
         | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -66,10 +66,7 @@ def evaluate_checkpoint(
     def batches() -> pipeline.BatchIterator:
         return pipeline.eval_batches(
             source,
-            EvalTransform(
-                model_config.image_shape,
-                *config_lib.evaluation_of(config, model_config.image_shape),
-            ),
+            EvalTransform.of(config, model_config.image_shape),
             batch_size=sharding.round_up(data.eval_batch_size, mesh),
             share=pipeline.Share(*sharding.local_parts(mesh)),
             threads=data.threads,

@@ -114,10 +114,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
 
     with pipeline.eval_batches(
         source,
-        EvalTransform(
-            model_config.image_shape,
-            *config_lib.evaluation_of(config, model_config.image_shape),
-        ),
+        EvalTransform.of(config, model_config.image_shape),
         batch_size=min(len(source), data.eval_batch_size),
         threads=data.threads,
         max_unreadable=data.max_unreadable,

@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         grid=None if label_maps is None else model_config.grid,
     )
     cluster.agree(
-        {f"config.{key}": value for key, value in config_lib.flatten(config.to_dict()).items()}
+        config_lib.flatten({"config": config.to_dict()})
         | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -76,7 +76,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
     mix.check_group_size(batch_size // recipe.accumulate, recipe.mix_token)
     share = pipeline.Share(*sharding.local_parts(mesh))
-    protocol = config_lib.evaluation_of(config, model_config.image_shape)
     in_use = checkpoint.newest(workdir) is not None
     init_from = None
     if config.init_from and not in_use:
@@ -114,7 +113,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     eval_batches = functools.partial(
         pipeline.eval_batches,
         eval_source,
-        EvalTransform(model_config.image_shape, *protocol),
+        EvalTransform.of(config, model_config.image_shape),
         batch_size=eval_batch_size,
         share=share,
         threads=config.data.threads,

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from spvit_jax import config as config_lib
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError, nearest
 
@@ -109,6 +110,16 @@ class EvalTransform:
     def __post_init__(self) -> None:
         """Raises an `InputError` if there is no such interpolation."""
         _check_interpolation(self.interpolation, _FILTERS)
+
+    @classmethod
+    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
+        """Takes the transform out of a configuration, which may leave it to the model.
+
+        Args:
+          config: as `spvit_jax.config.base`.
+          size: the model's.
+        """
+        return cls(size, *config_lib.evaluation_of(config, size))
 
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image to uint8 [height, width, 3]."""
