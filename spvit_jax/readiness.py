@@ -94,7 +94,7 @@ def check_data(config: ConfigDict) -> tuple[DataFacts, list[Check]]:
         )
     num_train = len(datasets.for_training(whole, data, seed=config.seed))
     if state == ABSENT and data.eval_split == datasets.MINIVAL:
-        num_eval = len(datasets.balanced_subset(whole, data.minival, seed=0, field="minival"))
+        num_eval = len(datasets.held_out(whole, data))
     words = f"{words}: {num_train:,} to train on, {num_eval:,} to evaluate on"
     checks, label_map = [Check("data", state, words)], None
     if config.token_labels.path:
@@ -153,13 +153,8 @@ def _init_from(run: Run) -> tuple[None, str]:
 
 def _workdir(run: Run, workdir: pathlib.Path) -> tuple[None, str]:
     """Checks that a workdir can be written to, is not another run's, and has room."""
-    if checkpoint.newest(workdir) is not None and (workdir / "config.json").exists():
-        changes = config_lib.differences(config_lib.from_json(workdir / "config.json"), run.config)
-        if changes:
-            raise InputError(
-                f"{workdir} belongs to a run with another configuration ({'; '.join(changes)}); "
-                "choose another"
-            )
+    in_use = checkpoint.newest(workdir) is not None
+    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
     parent = next(
         path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists()
     )

@@ -53,12 +53,12 @@ def for_evaluation(data: ConfigDict, split: str) -> Source:
             f"split {MINIVAL!r} is what is held out of training, and nothing is; say how much, for "
             "example --config.data.minival=1%"
         )
-    return balanced_subset(
-        load(data.dataset, data.train_split, data.data_dir),
-        data.minival,
-        seed=_MINIVAL_SEED,
-        field="minival",
-    )
+    return held_out(load(data.dataset, data.train_split, data.data_dir), data)
+
+
+def held_out(source: Source, data: ConfigDict) -> Source:
+    """Returns what `data.minival` holds out of a whole training split, the same for every seed."""
+    return balanced_subset(source, data.minival, seed=_MINIVAL_SEED, field="minival")
 
 
 def for_training(source: Source, data: ConfigDict, seed: int) -> Source:
@@ -77,8 +77,8 @@ def for_training(source: Source, data: ConfigDict, seed: int) -> Source:
             f"data set {data.dataset!r} has several labels for an image; it is for evaluation"
         )
     if data.minival is not None:
-        held_out = balanced_subset(source, data.minival, seed=_MINIVAL_SEED, field="minival")
-        rest = np.setdiff1d(np.arange(len(source)), held_out.places(np.arange(len(held_out))))
+        minival = held_out(source, data)
+        rest = np.setdiff1d(np.arange(len(source)), minival.places(np.arange(len(minival))))
         if not len(rest):
             raise InputError(f"minival is {data.minival}, and leaves nothing to train on")
         source = Subset(source, rest)
