@@ -20,4 +20,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = config_lib.base()
     config.model.name = args.model
     config.model.image_size = args.image_size
+    config.model.scan = True
     return config

@@ -81,6 +81,7 @@ def base() -> ConfigDict:
     model.distilled = placeholder(bool)  # a distillation token with its own head
     model.dtype = placeholder(str)  # of the computation: "float32" or "bfloat16"
     model.remat = placeholder(bool)  # recompute blocks in the backward pass to save memory
+    model.scan = placeholder(bool)  # run like blocks as one loop, which compiles much faster
 
     config.data = data = ConfigDict()
     data.dataset = "imagenet2012"  # "digits", a TFDS name, or "folder:PATH"

@@ -20,6 +20,7 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     """Returns DeiT's recipe (arXiv 2012.12877) for a named model at 224 pixels."""
     config = config_lib.base()
     config.model.name = model
+    config.model.scan = True
 
     config.augment.repeats = 3
     config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
@@ -56,6 +57,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config = config_lib.base()
     config.model.name = f"{family}_{args.size}"
     config.model.image_size = args.image_size
+    config.model.scan = True
 
     config.augment.interpolation = "random"
     config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"

@@ -7,7 +7,7 @@ choose, and a subclass of `Model`, which says how tokens go from block to block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from spvit_jax.errors import InputError
+from spvit_jax.models import loop
 from spvit_jax.models.block import Block
 from spvit_jax.models.layers import ConvStem, PatchEmbed, accumulation_dtype
+from spvit_jax.models.loop import Run, find_runs
 from spvit_jax.models.spatial import Grid, LocalityMask
 
 MaskSchedule = tuple[tuple[int, int], ...]  # ((number of layers, masked heads in each), ...)
@@ -41,7 +43,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     norm_eps: float = 1e-6
-    drop_path: float = 0.0  # rate of stochastic depth; the family says at which layers
+    drop_path: float = 0.0  # rate of stochastic depth, see `drop_path_per_layer`
 
     # MaiT's masked heads.
     masked_heads: MaskSchedule | Literal["thirds"] | None = None  # "thirds": all, one, none
@@ -51,6 +53,7 @@ class ModelConfig:
     # Execution.
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
+    scan: bool = False  # run like blocks as one loop, which compiles fast at any depth
 
     def __post_init__(self) -> None:
         height, width = self.image_shape
@@ -121,6 +124,11 @@ class ModelConfig:
             return heads[:third] + [1] * third + [0] * (len(heads) - 2 * third)
         return [masked for count, masked in self.masked_heads for _ in range(count)]
 
+    def drop_path_per_layer(self) -> list[float]:
+        """Returns the rate of stochastic depth at each layer: growing from 0 to `drop_path`."""
+        depth = len(self.heads_per_layer())
+        return [self.drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
+
     def mask(self, layer: int) -> LocalityMask | None:
         """Returns the mask of a layer, or None where no head is masked."""
         masked = self.masked_per_layer()[layer]
@@ -188,7 +196,8 @@ class Model(nnx.Module):
     `model(images)` takes normalised images [B, height, width, 3] and returns evaluation logits
     [B, C]; after `model.train()`, `model(images, key)` returns `Outputs`.
 
-    A family's constructor sets the attributes below and defines `hidden_states` and `classify`.
+    A family's constructor sets the attributes below; the family defines `enter`, `entrances` where
+    it has any, and `classify`.
 
     Attributes:
       config: what the model was made from.
@@ -236,12 +245,29 @@ class Model(nnx.Module):
 
     def encode(self, patches: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps patch tokens [B, h, w, D] through all blocks to normalised tokens [B, P+N, D]."""
-        *_, last = self.hidden_states(patches, key)
-        return self.norm(last.x)
+        return self.norm(self.through_blocks(patches, key).x)
 
-    def hidden_states(self, patches: jax.Array, key: jax.Array | None = None) -> Iterator[Tokens]:
+    def through_blocks(self, patches: jax.Array, key: jax.Array | None = None) -> Tokens:
+        """Returns the tokens that leave the last block, of patch tokens [B, h, w, D]."""
+        if self.config.scan:
+            kinds = [nnx.graphdef(block) for block in self.blocks]
+            runs = find_runs(kinds, entrances=self.entrances())
+        else:
+            runs = self._layers()
+        *_, last = self._states(runs, patches, key)
+        return last
+
+    def hidden_states(self, patches: jax.Array) -> Iterator[Tokens]:
         """Yields the tokens that enter each block, then those that leave the last."""
+        return self._states(self._layers(), patches, None)
+
+    def enter(self, patches: jax.Array) -> Tokens:
+        """Makes patch tokens [B, h, w, D] those that enter the first block."""
         raise NotImplementedError
+
+    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
+        """Returns what happens to the tokens between two blocks, by the layer of the second."""
+        return {}
 
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the heads to normalised tokens [B, P+N, D]."""
@@ -259,19 +285,44 @@ class Model(nnx.Module):
             for block, (x, grid, num_prefix) in zip(self.blocks, states, strict=False)
         ]
 
-    def _run(self, layer: int, tokens: Tokens, key: jax.Array | None) -> Tokens:
-        """Takes tokens through one block; `key` is the model's."""
-        block, (x, grid, num_prefix) = self.blocks[layer], tokens
-        if self.deterministic:
+    def _layers(self) -> list[Run]:
+        return [Run(layer) for layer in range(len(self.blocks))]
+
+    def _states(
+        self, runs: list[Run], patches: jax.Array, key: jax.Array | None
+    ) -> Iterator[Tokens]:
+        """Yields the tokens that enter each run, then those that leave the last."""
+        if self.deterministic or self.config.drop_path == 0:
             key = None
-        elif key is not None:
-            key = jax.random.fold_in(key, layer)
-        elif self.config.drop_path > 0:
+        elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
-        if self.config.remat:
-            run = nnx.remat(lambda block, x, key: block(x, grid, num_prefix, key))
-            return Tokens(run(block, x, key), grid, num_prefix)
-        return Tokens(block(x, grid, num_prefix, key), grid, num_prefix)
+        tokens, entrances = self.enter(patches), self.entrances()
+        for run in runs:
+            if run.start in entrances:
+                tokens = entrances[run.start](tokens)
+            yield tokens
+            tokens = self._through(run, tokens, key)
+        yield tokens
+
+    def _through(self, run: Run, tokens: Tokens, key: jax.Array | None) -> Tokens:
+        """Takes tokens through a run; `key` draws the drop path of all layers, None is without."""
+        _, grid, num_prefix = tokens
+        rates = self.config.drop_path_per_layer()
+
+        def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
+            of_layer = None if key is None else jax.random.fold_in(key, layer)
+            return block(x, grid, num_prefix, of_layer, rate)
+
+        x = loop.through(
+            [self.blocks[layer] for layer in run.layers],
+            call,
+            tokens.x,
+            run.layers,
+            [rates[layer] for layer in run.layers],
+            period=run.period,
+            remat=self.config.remat,
+        )
+        return Tokens(x, grid, num_prefix)
 
     @staticmethod
     def _logits(head: nnx.Linear, tokens: jax.Array) -> jax.Array:

@@ -27,7 +27,6 @@ class Block(nnx.Module):
         *,
         mlp_ratio: float,
         norm_eps: float,
-        drop_path: float,
         skip_lam: float = 1.0,
         layer_scale: float | None = None,
         pos_conv: bool = False,
@@ -41,7 +40,6 @@ class Block(nnx.Module):
           make_attention: makes the attention, on D channels.
           mlp_ratio: hidden width of the MLP over D.
           norm_eps: epsilon of LayerNorm.
-          drop_path: rate at which an example loses a residual branch in training.
           skip_lam: residual branches are divided by this (LV-ViT).
           layer_scale: initial value of LayerScale; None is without.
           pos_conv: whether a position convolution follows.
@@ -57,20 +55,35 @@ class Block(nnx.Module):
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
         self.pos_conv = PosConv(dim, dtype=dtype, rngs=rngs) if pos_conv else None
         self.skip_lam = skip_lam
-        self.drop_path = drop_path
 
     def __call__(
-        self, x: jax.Array, grid: Grid, num_prefix: int, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        grid: Grid,
+        num_prefix: int = 0,
+        key: jax.Array | None = None,
+        drop_path: float | jax.Array = 0.0,
     ) -> jax.Array:
-        """Maps tokens [B, P+N, D]; `key` draws the drop path in training, None is evaluation."""
-        key1, key2 = (None, None) if key is None else jax.random.split(key)
-        x = x + self._branch(self.attn(self.norm1(x), grid, num_prefix), self.scale1, key1)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, key2)
+        """Maps tokens [B, P+N, D] of a grid h·w = N behind P prefix tokens.
+
+        In training `key` draws which examples lose which residual branches, at the rate
+        `drop_path`; without a key none does.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        attended = self.attn(self.norm1(x), grid, num_prefix)
+        x = x + self._branch(attended, self.scale1, keys[0], drop_path)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, keys[1], drop_path)
         if self.pos_conv is not None:
             x = self.pos_conv(x, grid, num_prefix)
         return x
 
-    def _branch(self, x: jax.Array, scale: LayerScale | None, key: jax.Array | None) -> jax.Array:
+    def _branch(
+        self,
+        x: jax.Array,
+        scale: LayerScale | None,
+        key: jax.Array | None,
+        rate: float | jax.Array,
+    ) -> jax.Array:
         if scale is not None:
             x = scale(x)
-        return drop_path(x, self.drop_path, key) / self.skip_lam
+        return drop_path(x, rate, key) / self.skip_lam

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +35,10 @@ class CaiTConfig(ModelConfig):
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer of patches."""
         return [self.num_heads] * self.depth
+
+    def drop_path_per_layer(self) -> list[float]:
+        """Returns the rate of stochastic depth at each layer of patches."""
+        return [self.drop_path] * self.depth
 
     def build(self, rngs: nnx.Rngs) -> CaiT:
         """Creates the model."""
@@ -109,19 +112,15 @@ class CaiT(Model):
         )
         self.eval()
 
-    def hidden_states(self, patches: jax.Array, key: jax.Array | None = None) -> Iterator[Tokens]:
-        """Yields the patches that enter each block, then those that leave the last."""
+    def enter(self, patches: jax.Array) -> Tokens:
+        """Adds positions to patch tokens [B, h, w, D]."""
         batch, h, w, dim = patches.shape
         x = patches.reshape(batch, h * w, dim) + self.pos_embed[...].astype(patches.dtype)
-        tokens = Tokens(x, (h, w), 0)
-        for layer in range(self.config.depth):
-            yield tokens
-            tokens = self._run(layer, tokens, key)
-        yield tokens
+        return Tokens(x, (h, w), 0)
 
     def encode(self, patches: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps patch tokens [B, h, w, D] to normalised tokens [B, 1+N, D]."""
-        *_, (x, _, _) = self.hidden_states(patches, key)
+        x = self.through_blocks(patches, key).x
         token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         for block in self.class_blocks:
             token = block(token, x)
@@ -149,7 +148,6 @@ def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
-        drop_path=config.drop_path,
         layer_scale=config.layer_scale,
         dtype=dtype,
         rngs=rngs,

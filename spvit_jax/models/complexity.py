@@ -53,5 +53,6 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
             # Shifted products, which count as the convolution that they are.
             total += outputs * math.prod(shapes[1][:2])
         else:
-            total += sum(_macs_of_jaxpr(inner) for inner in core.jaxprs_in_params(eqn.params))
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
     return total

@@ -42,7 +42,7 @@ class LayerScale(nnx.Module):
         return x * self.gamma[...].astype(x.dtype)
 
 
-def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Drops whole residual branches per example (stochastic depth, arXiv 1603.09382).
 
     Args:
@@ -53,10 +53,11 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     Returns:
       x with dropped examples set to 0 and the others divided by 1 - rate.
     """
-    if key is None or rate == 0:
+    if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    kept_share = jnp.asarray(1 - rate, accumulation_dtype(x.dtype))
+    return jnp.where(keep, x / kept_share, 0).astype(x.dtype)
 
 
 class PatchEmbed(nnx.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -212,19 +213,15 @@ class Swin(Model):
         )
         self.eval()
 
-    def hidden_states(self, patches: jax.Array, key: jax.Array | None = None) -> Iterator[Tokens]:
-        """Yields the tokens that enter each block, then those that leave the last."""
+    def enter(self, patches: jax.Array) -> Tokens:
+        """Normalises patch tokens [B, h, w, D]."""
         batch, h, w, dim = patches.shape
-        tokens = Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
-        layer = 0
-        for stage, depth in enumerate(self.config.depths):
-            if stage > 0:
-                tokens = self.merges[stage - 1](tokens)
-            for _ in range(depth):
-                yield tokens
-                tokens = self._run(layer, tokens, key)
-                layer += 1
-        yield tokens
+        return Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
+
+    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
+        """Returns where the grid is halved: before the first layer of each stage but the first."""
+        starts = itertools.accumulate(self.config.depths[:-1])
+        return dict(zip(starts, self.merges, strict=True))
 
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the head to the mean of normalised tokens [B, N, D]."""
@@ -251,7 +248,6 @@ def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.
         make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
-        drop_path=config.drop_path * layer / max(sum(config.depths) - 1, 1),
         dtype=dtype,
         rngs=rngs,
     )

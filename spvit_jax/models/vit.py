@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,28 +114,21 @@ class ViT(Model):
         self.dense_head = head() if config.dense_head else None
         self.eval()
 
-    def hidden_states(self, patches: jax.Array, key: jax.Array | None = None) -> Iterator[Tokens]:
-        """Yields the tokens that enter each block, then those that leave the last.
-
-        Prefix tokens that enter late, as in SP-ViT, have no position: they are prepended right
-        before their layer. Those that are there from the start have one.
-        """
+    def enter(self, patches: jax.Array) -> Tokens:
+        """Adds positions to patch tokens [B, h, w, D]; prefix tokens that are there have one."""
         batch, h, w, dim = patches.shape
-        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        positions = self.pos_embed[...].astype(patches.dtype)
-        late = self.config.late
+        tokens = Tokens(patches.reshape(batch, h * w, dim), (h, w), 0)
+        if not self.config.late:
+            tokens = self._prepend_prefix(tokens)
+        return tokens._replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
 
-        x = patches.reshape(batch, h * w, dim)
-        if late:
-            tokens = Tokens(x + positions, (h, w), 0)
-        else:
-            tokens = Tokens(prepend(prefix, x) + positions, (h, w), len(prefix))
-        for layer in range(self.config.depth):
-            if late and layer == late:
-                tokens = Tokens(prepend(prefix, tokens.x), (h, w), len(prefix))
-            yield tokens
-            tokens = self._run(layer, tokens, key)
-        yield tokens
+    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
+        """Returns where prefix tokens enter late, as in SP-ViT: without a position."""
+        return {self.config.late: self._prepend_prefix} if self.config.late else {}
+
+    def _prepend_prefix(self, tokens: Tokens) -> Tokens:
+        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        return Tokens(prepend(prefix, tokens.x), tokens.grid, len(prefix))
 
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the heads to normalised tokens [B, P+N, D]."""
@@ -167,7 +160,6 @@ def _block(config: ViTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         make_attention,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
-        drop_path=config.drop_path * layer / max(config.depth - 1, 1),
         skip_lam=config.skip_lam,
         layer_scale=config.layer_scale,
         pos_conv=config.pos_conv,

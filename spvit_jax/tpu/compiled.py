@@ -16,6 +16,7 @@ from spvit_jax.models.naming import named_leaves
 from spvit_jax.tpu import hlo
 from spvit_jax.tpu.chips import GIB
 from spvit_jax.tpu.collectives import Collective, collectives
+from spvit_jax.tpu.work import work
 
 TEMPORARIES = "activations and temporaries"
 # Kinds of what a step takes, by the name of its leaves; the first that matches decides.
@@ -100,12 +101,12 @@ def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compile
         raise DoesNotFitError(needed, time.monotonic() - start) from error
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
-    work = hlo.work(program)
+    done = work(program)
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Compiled(
         memory=_memory(compiled.input_formats[0], arguments, sizes),
-        flops=2.0 * work.macs,
-        hbm_bytes=float(work.hbm_bytes),
+        flops=2.0 * done.macs,
+        hbm_bytes=float(done.hbm_bytes),
         collectives=collectives(program, dict(mesh.shape)),
         compiler={
             "arguments": sizes.argument_size_in_bytes,

@@ -12,18 +12,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 _ITEM = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^{}]*)\})?")  # f32[8,128]{1,0:T(8,128)}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 _OPERAND = re.compile(r"%([\w.-]+)")
-_FREE = frozenset(
-    {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
-)  # what moves no data, or is counted inside
-
-
-_WINDOW = frozenset({"stride", "pad", "lhs_dilate", "rhs_dilate"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,37 +150,12 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-class Work(NamedTuple):
-    """What a chip does in one step, loops included.
-
-    Attributes:
-      macs: multiply-adds of products.
-      bytes: read and written by instructions, wherever the operands lie.
-      hbm_bytes: those of them that lie in HBM.
-    """
-
-    macs: int
-    bytes: int
-    hbm_bytes: int
-
-
-def work(program: Program, *, repeat: bool = True) -> Work:
-    """Counts what a program does; without `repeat` a loop counts once, as in XLA's analysis."""
-    macs, everywhere, in_hbm = 0, 0, 0
-    for one, times in program.executed():
-        times = times if repeat else 1
-        macs += times * sum(_products(program, inner) for inner in program.inside(one))
-        traffic = _traffic(program, one)
-        everywhere, in_hbm = everywhere + times * traffic[0], in_hbm + times * traffic[1]
-    return Work(macs, everywhere, in_hbm)
-
-
 def _instruction(name: re.Match[str], rest: str) -> Instruction:
     """Reads what follows `%name = `: a type, an opcode, operands, attributes."""
     end = _end_of_type(rest)
     opcode, _, tail = rest[end:].lstrip().partition("(")
     operands, _, attributes = tail.partition(")")
-    if opcode == "constant":
+    if opcode in ("constant", "parameter"):
         attributes = f"({operands})"
     return Instruction(
         name=name[2],
@@ -224,58 +191,3 @@ def _branches(conditional: Instruction) -> list[str]:
         return _OPERAND.findall(found[1])
     names = [conditional.called(f"{which}_computation") for which in ("true", "false")]
     return [name for name in names if name]
-
-
-def _products(program: Program, one: Instruction) -> int:
-    """Returns the multiply-adds of a product; on TPUs all of them are convolutions.
-
-    The batch of a batched product is a spatial axis there, with a window as large as itself in
-    which one place alone is not padding; so only places inside the operand are counted.
-    """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    if one.opcode != "convolution" or labels is None:
-        return 0
-    left, right = (program.instructions[name].arrays[0].shape for name in one.operands[:2])
-    result = one.arrays[0].shape
-    count = result[labels[3].index("b")] * result[labels[3].index("f")]
-    count *= right[labels[2].index("i")]
-    window = dict(re.findall(r"(\w+)=([\d_x-]+)", one.attributes.partition("window={")[2]))
-    for axis in range(len(result) - 2):
-        name = str(axis)
-        count *= _places(
-            left[labels[1].index(name)],
-            right[labels[2].index(name)],
-            result[labels[3].index(name)],
-            {key: value.split("x")[axis] for key, value in window.items() if key in _WINDOW},
-        )
-    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
-    return count // int(groups[1]) if groups else count
-
-
-def _places(size: int, kernel: int, results: int, window: dict[str, str]) -> int:
-    """Returns how often, along one axis, a place of the kernel meets one of the operand.
-
-    That is, for how many results r and places k of the kernel stride·r + spread·k - before is a
-    multiple of `apart` from 0 to that of the last element.
-    """
-    stride, apart, spread = (
-        int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
-    )
-    offset = spread * np.arange(kernel) - int(window.get("pad", "0_0").split("_")[0])
-    first = np.maximum(-(offset // stride), 0)
-    last = np.minimum(((size - 1) * apart - offset) // stride, results - 1)
-    common = math.gcd(stride, apart)
-    period = apart // common
-    # Among the results from the first to the last, one in `period` meets an element.
-    phase = (-(offset // common) * pow(stride // common, -1, period)) % period
-    met = (last - phase) // period - (first - 1 - phase) // period
-    return int(np.where((offset % common == 0) & (last >= first), met, 0).sum())
-
-
-def _traffic(program: Program, one: Instruction) -> tuple[int, int]:
-    """Returns the bytes that an instruction reads and writes, and those of them in HBM."""
-    if one.opcode in _FREE or one.opcode.endswith("-done"):
-        return 0, 0
-    arrays = [array for name in one.operands for array in program.instructions[name].arrays]
-    arrays += one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
-    return sum(a.nbytes for a in arrays), sum(a.nbytes for a in arrays if a.in_hbm)

@@ -7,6 +7,7 @@ import pytest
 
 from spvit_jax.tpu import hlo
 from spvit_jax.tpu.collectives import collectives
+from spvit_jax.tpu.work import _places, work
 
 # Four chips. A loop of five rounds gathers and multiplies; before it come a reduction over pairs
 # and, in a fusion spread over two, a gathering of which both pieces are the same.
@@ -74,8 +75,8 @@ def test_loops_run_as_often_as_they_do(program):
     assert (times["scattered"], times["fused"], times["right"]) == (1, 5, 5)
     assert "product" not in times  # inside of a fusion
     assert program.loops_of_unknown_length() == 0
-    work = 64 * 16 * 32
-    assert (hlo.work(program).macs, hlo.work(program, repeat=False).macs) == (5 * work, work)
+    macs = 64 * 16 * 32
+    assert (work(program).macs, work(program, repeat=False).macs) == (5 * macs, macs)
 
 
 def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
@@ -83,8 +84,8 @@ def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
     (gathered,) = executed["right"].arrays
     assert (gathered.nbytes, gathered.in_hbm) == (2 * 32 * 16, False)
     assert executed["fused"].arrays[0].in_hbm
-    work = hlo.work(program)
-    assert work.hbm_bytes < work.bytes
+    done = work(program)
+    assert done.hbm_bytes < done.bytes
 
 
 def test_a_loop_whose_end_is_computed_is_said():
@@ -145,4 +146,4 @@ def test_places_where_a_kernel_meets_its_operand():
             for r, k in itertools.product(range(results), range(kernel))
         )
         expected = sum(0 <= p <= (size - 1) * apart and p % apart == 0 for p in places)
-        assert hlo._places(size, kernel, results, window) == expected
+        assert _places(size, kernel, results, window) == expected

@@ -1,0 +1,122 @@
+"""Runs the blocks of one kind that follow each other as one loop over their stacked parameters.
+
+A compiler then sees each kind once, whatever the depth. A block's kind is its graph definition:
+all that it is but for the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from spvit_jax.models.block import Block
+
+MAX_PERIOD = 2  # Swin's blocks alternate between windows that are shifted and that are not
+
+# What a loop keeps of each block for the backward pass. It would keep everything and write it out
+# to memory, where a compiler that sees all blocks at once computes the cheap parts again.
+LINEAR_LAYERS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+class Run(NamedTuple):
+    """Layers that follow each other: the same `period` kinds in turn, `repeats` times."""
+
+    start: int
+    period: int = 1
+    repeats: int = 1
+
+    @property
+    def layers(self) -> range:
+        """The layers, in order."""
+        return range(self.start, self.start + self.period * self.repeats)
+
+
+def find_runs(kinds: Sequence[Hashable], entrances: Collection[int] = ()) -> list[Run]:
+    """Divides a model's layers into runs, each as long as can be; a run may be one layer.
+
+    Args:
+      kinds: of each layer.
+      entrances: layers before which something is done to the tokens; each starts a run.
+
+    Returns:
+      The runs, in order; together they are all layers.
+    """
+    runs: list[Run] = []
+    start = 0
+    while start < len(kinds):
+        end = min((layer for layer in entrances if layer > start), default=len(kinds))
+        candidates = [_loop_at(start, kinds[start:end], period) for period in _PERIODS]
+        runs.append(max(candidates, key=lambda run: len(run.layers)))
+        start = runs[-1].layers.stop
+    return runs
+
+
+_PERIODS = range(1, MAX_PERIOD + 1)
+
+
+def _loop_at(start: int, kinds: Sequence[Hashable], period: int) -> Run:
+    """Returns the longest loop of a period with which `kinds` begins, or one layer alone."""
+    turns = [kinds[i : i + period] for i in range(0, len(kinds), period)]
+    repeats = next((i for i, turn in enumerate(turns) if turn != turns[0]), len(turns))
+    return Run(start, period, repeats) if repeats > 1 else Run(start)
+
+
+def through(
+    blocks: Sequence[Block],
+    call: Callable[..., jax.Array],
+    x: jax.Array,
+    *values: Sequence[Any],
+    period: int,
+    remat: bool,
+) -> jax.Array:
+    """Takes x through the blocks of a run.
+
+    Args:
+      blocks: of the run, in order.
+      call: (block, x, one of each of `values`) → x of the same shape and dtype.
+      x: what enters the first.
+      *values: what else `call` is given, one number for each block.
+      period: of the run.
+      remat: whether all of each block is computed again in the backward pass.
+
+    Returns:
+      What leaves the last.
+    """
+    graphdefs = [nnx.graphdef(block) for block in blocks[:period]]
+    columns = [[nnx.state(block) for block in blocks], *map(list, values)]
+    turns = [[column[i : i + period] for column in columns] for i in range(0, len(blocks), period)]
+    alone = len(turns) == 1
+
+    def one(graphdef: Any, state: Any, x: jax.Array, *values: Any) -> jax.Array:
+        return call(nnx.merge(graphdef, state), x, *values)
+
+    if remat or not alone:
+        policy = None if remat else LINEAR_LAYERS
+        one = jax.checkpoint(one, static_argnums=0, prevent_cse=alone, policy=policy)
+
+    def turn(x: jax.Array, columns: Any) -> tuple[jax.Array, None]:
+        for graphdef, state, *values in zip(graphdefs, *columns, strict=True):
+            x = one(graphdef, state, _split_by_example(x), *values)
+        return x, None
+
+    if alone:
+        return turn(x, turns[0])[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns)
+    return jax.lax.scan(turn, x, stacked)[0]
+
+
+def _split_by_example(x: jax.Array) -> jax.Array:
+    """Keeps a batch split by examples over all devices of the mesh in context, if there is one.
+
+    In a loop over parameters that are split themselves, as in FSDP, XLA would else split channels
+    and send activations around.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
