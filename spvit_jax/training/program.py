@@ -67,14 +67,6 @@ def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) ->
         module = model.build(nnx.Rngs(jax.random.fold_in(root, 0)))
         return state_lib.create(module, tx, ema=recipe.ema > 0)
 
-    def on_mesh(step: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-        @functools.wraps(step)
-        def traced(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return step(*args, **settings)
-
-        return traced
-
     abstract, shardings = sharding.plan(create, mesh, config.mesh.sharding)
     return Program(
         root=root,
@@ -83,11 +75,11 @@ def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) ->
         shardings=shardings,
         create=jax.jit(create, out_shardings=shardings),
         train_step=jax.jit(
-            on_mesh(train_step, optimizer=tx, recipe=recipe),
-            donate_argnums=0,
+            sharding.on_mesh(mesh, functools.partial(train_step, optimizer=tx, recipe=recipe)),
+            donate_argnames="state",
             out_shardings=shardings,
         ),
-        eval_step=jax.jit(on_mesh(eval_step, recipe=recipe)),
+        eval_step=jax.jit(sharding.on_mesh(mesh, functools.partial(eval_step, recipe=recipe))),
     )
 
 

@@ -1,11 +1,13 @@
 """Where arrays live: the mesh (data, fsdp) and the rules that place every leaf of the state.
 
-Model code has no sharding in it. The batch is split over both axes; a parameter, and with it its
-moments and its average, is split over `fsdp` or replicated, as the first matching rule says.
+The batch is split over both axes; a parameter, and with it its moments and its average, is split
+over `fsdp` or replicated, as the first matching rule says. Model code knows of none of this, but
+for one line in `models/loop.py` that keeps a batch split by examples.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,6 +124,17 @@ def plan(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
         shardings,
     )
     return placed, shardings
+
+
+def on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step which, where JAX traces it, has the mesh as context."""
+
+    @functools.wraps(step)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*args, **kwargs)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -69,22 +69,24 @@ def assert_close(left, right, rtol=1e-3, atol=1e-5):
     ("name", "data", "fsdp", "accumulate"),
     [
         *[("spvit_s", 8, 1, 1), ("spvit_s", 1, 8, 1), ("spvit_s", 2, 4, 2)],
-        *[("cait_xxs24", 2, 4, 1), ("swin_t", 2, 4, 1)],
+        *[("cait_xxs24", 2, 4, 1), ("swin_t", 2, 4, 1), ("spvit_s, as loops", 2, 4, 1)],
     ],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
     """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
+    name, _, as_loops = name.partition(", ")
+    deeper = {"depth": 4, "spatial_layers": 2} if as_loops else {}
     transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0)
     if fsdp == 8:  # once also with what is slow to compile
         transform = dataclasses.replace(transform, rand_augment=RandAugment(), erase=0.5)
     recipe = dataclasses.replace(RECIPE, transform=transform, accumulate=accumulate)
     mesh = sharding.make_mesh(data, fsdp)
-    state = make_state(name)
-    expected = run(state, recipe)
+    expected = run(make_state(name, **deeper), recipe)
+    state = make_state(name, **deeper, scan=bool(as_loops))
 
     shardings = sharding.state_shardings(state, mesh, "fsdp")
     take = jax.jit(
-        functools.partial(step.train_step, optimizer=SGD, recipe=recipe),
+        sharding.on_mesh(mesh, functools.partial(step.train_step, optimizer=SGD, recipe=recipe)),
         donate_argnames="state",
         out_shardings=shardings,
     )
