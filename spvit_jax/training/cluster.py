@@ -250,8 +250,9 @@ def _form(address: Address) -> None:
         _check_port(where)
 
     def give_up() -> None:
-        # JAX itself would abort the process, with a page from its C++ side.
-        _end(2, f"error: {_absent(address)}")
+        # JAX itself would abort the process, with a page from its C++ side. No mistake of the user
+        # for certain: a machine may have been preempted before all had come.
+        _end(1, f"error: {_absent(address)}")
 
     timer = threading.Timer(address.timeout, give_up)
     timer.daemon = True
