@@ -33,6 +33,7 @@ from spvit_jax.tpu.remedies import Trial
 def preflight(
     config: ConfigDict,
     topology_name: str,
+    num_slices: int = 1,
     *,
     workdir: pathlib.Path | None = None,
     ways: int = 3,
@@ -43,6 +44,7 @@ def preflight(
     Args:
       config: as `spvit_jax.config.base`.
       topology_name: such as `v5e:16x16`.
+      num_slices: how many of them.
       workdir: of the run, to be looked at; None for not at all.
       ways: how many to look for to make it fit, where it does not.
       show_shardings: whether to print how each parameter is split.
@@ -53,7 +55,7 @@ def preflight(
     Raises:
       InputError: libtpu is missing, or the configuration or the topology cannot be used.
     """
-    run, data, teacher, checks = _plan(config, topology_name, workdir)
+    run, data, teacher, checks = _plan(config, topology_name, num_slices, workdir)
     print(present.describe(run))
     for check in checks:
         print(f"{check.what:<16}{check.state}: {check.words}")
@@ -87,6 +89,7 @@ def preflight(
 def sweep(
     config: ConfigDict,
     topology_name: str,
+    num_slices: int = 1,
     *,
     batch_sizes: list[int],
     remats: list[bool],
@@ -97,6 +100,7 @@ def sweep(
     Args:
       config: as `spvit_jax.config.base`.
       topology_name: such as `v5e:16x16`.
+      num_slices: how many of them.
       batch_sizes: images per step; empty for the configuration's, half and twice of it.
       remats: whether blocks are recomputed; empty for both.
       fsdps: sizes of the axis; empty for 1, and all chips.
@@ -104,7 +108,7 @@ def sweep(
     Returns:
       The trials as JSON can hold them.
     """
-    run, data, teacher, _ = _plan(config, topology_name, None)
+    run, data, teacher, _ = _plan(config, topology_name, num_slices, None)
     print(present.describe(run), flush=True)
     batch = config.data.batch_size
     trials: list[Trial] = []
@@ -122,11 +126,11 @@ def sweep(
 
 
 def _plan(
-    config: ConfigDict, topology_name: str, workdir: pathlib.Path | None
+    config: ConfigDict, topology_name: str, num_slices: int, workdir: pathlib.Path | None
 ) -> tuple[Run, DataFacts, ModelConfig | None, list[Check]]:
     """Finds everything out that needs no compiler."""
     environment.prepare()
-    topology = chips.topology(topology_name)
+    topology = chips.topology(topology_name, num_slices)
     data, checks = readiness.check_data(config)
     teacher = readiness.check_teacher(config)
     run = plan(config, topology, data, teacher=teacher)
@@ -156,6 +160,7 @@ def main() -> None:
     topology = flags.DEFINE_string(
         "topology", None, "Chips, such as v5e:16x16 or v5p:2x2x2.", required=True
     )
+    num_slices = flags.DEFINE_integer("num_slices", 1, "How many of them, as one cluster.", 1)
     workdir = flags.DEFINE_string("workdir", None, "Of the run: whether it can be written to.")
     json_path = flags.DEFINE_string("json", None, "File for all numbers.")
     ways = flags.DEFINE_integer("ways", 3, "Ways to look for where a run does not fit.", 0)
@@ -170,6 +175,7 @@ def main() -> None:
             result = sweep(
                 config(),
                 topology.value,
+                num_slices.value,
                 batch_sizes=_numbers("sweep_batch_size", batch_sizes.value),
                 remats=_truths("sweep_remat", remats.value),
                 fsdps=_numbers("sweep_fsdp", fsdps.value),
@@ -179,6 +185,7 @@ def main() -> None:
             ready, result = preflight(
                 config(),
                 topology.value,
+                num_slices.value,
                 workdir=pathlib.Path(workdir.value) if workdir.value else None,
                 ways=ways.value,
                 show_shardings=shardings.value,

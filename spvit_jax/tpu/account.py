@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -129,10 +130,11 @@ class Bound(NamedTuple):
     compute: float
     memory: float
     interconnect: float
+    network: float
 
     @property
     def seconds(self) -> float:
-        """The largest: all three could go on at the same time."""
+        """The largest: all four could go on at the same time."""
         return max(self)
 
     @property
@@ -212,6 +214,7 @@ def bound(step: Compiled, chip: Chip) -> Bound:
         compute=step.flops / chip.flops,
         memory=step.hbm_bytes / chip.hbm_bandwidth,
         interconnect=step.sent / chip.ici_bandwidth,
+        network=step.sent_to_slices / (chip.dcn_bandwidth or math.inf),
     )
 
 

@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from spvit_jax.errors import InputError, nearest
+from spvit_jax.training.sharding import slice_of
 
 GIB = 2**30
 
@@ -27,6 +28,8 @@ class Chip:
       hbm_bandwidth: bytes/s.
       flops: bfloat16 operations/s, two per multiply-add.
       ici_bandwidth: bytes/s that leave the chip over all its links to other chips together.
+      dcn_bandwidth: bytes/s that leave the chip for other slices, over the data center's network;
+        None where Google gives no figure.
       shapes: of slices, in chips.
       most_chips: in one slice; slices of cubes of 4×4×4 come in more shapes than `shapes`.
       options: what the compiler must be told, so that one device is one chip.
@@ -38,6 +41,7 @@ class Chip:
     hbm_bandwidth: float
     flops: float
     ici_bandwidth: float
+    dcn_bandwidth: float | None
     shapes: tuple[str, ...]
     most_chips: int
     options: tuple[tuple[str, str], ...] = ()
@@ -49,18 +53,19 @@ _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # From "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" in Google's documentation of Cloud TPU
 # (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p-training, /v6e), read in November 2026. ICI: half
 # of the "bidirectional bandwidth per chip"; for v4, which has none there, of six links of 50 GB/s
-# (arXiv 2304.01433). Usable memory: what libtpu 0.0.52 names as available when a program needs
-# more.
+# (arXiv 2304.01433). DCN: of v5p the figure per chip, 50 Gbit/s; of v5e and v6e that of a pod, 6.4
+# and 25.6 Tbit/s, over its 256 chips. Usable memory: what libtpu 0.0.52 names as available when a
+# program needs more.
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip(
-            *("v4", 32 * GIB, 30.75 * GIB, 1.2e12, 275e12, 300e9, _CUBIC, 4096),
+            *("v4", 32 * GIB, 30.75 * GIB, 1.2e12, 275e12, 300e9, None, _CUBIC, 4096),
             (("chip_config_name", "megacore"),),
         ),
-        Chip("v5e", 16 * GIB, 15.75 * GIB, 819e9, 197e12, 200e9, _FLAT, 256),
-        Chip("v5p", 95 * GIB, 95.73 * GIB, 2765e9, 459e12, 600e9, _CUBIC, 6144),
-        Chip("v6e", 32 * GIB, 31.24 * GIB, 1638e9, 918e12, 400e9, _FLAT, 256),
+        Chip("v5e", 16 * GIB, 15.75 * GIB, 819e9, 197e12, 200e9, 3.125e9, _FLAT, 256),
+        Chip("v5p", 95 * GIB, 95.73 * GIB, 2765e9, 459e12, 600e9, 6.25e9, _CUBIC, 6144),
+        Chip("v6e", 32 * GIB, 31.24 * GIB, 1638e9, 918e12, 400e9, 12.5e9, _FLAT, 256),
     )
 }
 
@@ -70,7 +75,7 @@ class Topology:
     """Chips that are wired up.
 
     Attributes:
-      name: such as `v5e:16x16`.
+      name: such as `v5e:16x16`, or `2 slices of v5e:16x16`.
       chip: what each of them is.
       devices: descriptions of them, of which a mesh can be made.
       hosts: how many machines they are in, by the compiler's account: four chips each.
@@ -82,11 +87,12 @@ class Topology:
     hosts: int
 
 
-def topology(name: str) -> Topology:
+def topology(name: str, num_slices: int = 1) -> Topology:
     """Returns what a topology's name stands for.
 
     Args:
       name: a chip and a shape in chips, such as `v5e:16x16` or `v5p:2x2x2`.
+      num_slices: how many such slices, between which there is the data center's network alone.
 
     Raises:
       InputError: there is no such topology.
@@ -106,11 +112,18 @@ def topology(name: str) -> Topology:
             + (", and in more cubes of 4x4x4" if chip.shapes is _CUBIC else "")
             + f"; did you mean '{kind}:{closest}'?"
         )
+    if num_slices > 1 and chip.dcn_bandwidth is None:
+        raise InputError(
+            f"Google gives no bandwidth between slices of {kind}; plan one slice of it, or others: "
+            + ", ".join(other.name for other in CHIPS.values() if other.dcn_bandwidth is not None)
+        )
     described = topologies.get_topology_desc(
-        platform="tpu", topology_name=name, **dict(chip.options)
+        platform="tpu", topology_name=name, num_slices=num_slices, **dict(chip.options)
     )
     devices: list[Any] = list(described.devices)
-    return Topology(name, chip, devices, len({device.process_index for device in devices}))
+    hosts = len({(slice_of(device), device.process_index) for device in devices})
+    full_name = f"{num_slices} slices of {name}" if num_slices > 1 else name
+    return Topology(full_name, chip, devices, hosts)
 
 
 def _of_cubes(chip: Chip, shape: str) -> bool:

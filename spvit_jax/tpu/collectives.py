@@ -11,6 +11,7 @@ import numpy as np
 from spvit_jax.tpu.hlo import Instruction, Program
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "slices"
 Groups = frozenset[frozenset[int]]
 
 
@@ -20,7 +21,8 @@ class Collective:
 
     Attributes:
       kind: such as "all-gather".
-      axis: "data", "fsdp", "data×fsdp" for both at once, or "other".
+      axis: "data", "fsdp", "data×fsdp" for both at once, or "other", all within a slice;
+        `BETWEEN_SLICES` for what goes to other slices.
       count: how often in a step.
       sent: bytes that a chip sends in a step, in the ring that needs the least: (n-1)/n of the
         array in a group of n chips, for an all-reduce twice that.
@@ -32,12 +34,15 @@ class Collective:
     sent: float
 
 
-def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
+def collectives(
+    program: Program, mesh_shape: dict[str, int], num_slices: int = 1
+) -> list[Collective]:
     """Returns what a program sends, the largest first.
 
     Args:
       program: compiled for a mesh.
-      mesh_shape: size of each axis; partitions are numbered along the last one first.
+      mesh_shape: size of each axis in a slice; partitions are numbered along the last one first.
+      num_slices: over which the first axis goes on.
     """
     totals: dict[tuple[str, str], tuple[int, float]] = {}
     for kind, one, times in _found(program):
@@ -47,6 +52,11 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
         key = kind, axis
         count, sent = totals.get(key, (0, 0.0))
         totals[key] = count + times, sent + times * _sent(kind, one, size)
+    for one, times in program.executed():
+        if one.opcode == "send" and "xla_megascale_runtime" in one.attributes:
+            kind, nbytes = _sent_to_slices(one, num_slices)
+            count, sent = totals.get((kind, BETWEEN_SLICES), (0, 0.0))
+            totals[kind, BETWEEN_SLICES] = count + times, sent + times * nbytes
     found = [Collective(*key, *value) for key, value in totals.items()]
     return sorted(found, key=lambda one: -one.sent)
 
@@ -87,6 +97,25 @@ def _sent(kind: str, one: Instruction, size: int) -> float:
     if one.opcode == "reduce-scatter":  # its result is a part
         return float(total * (size - 1))
     return total * share * (2 if kind == "all-reduce" else 1)
+
+
+def _sent_to_slices(one: Instruction, num_slices: int) -> tuple[str, float]:
+    """Returns the kind of an exchange between slices, and the bytes that a chip sends for it.
+
+    The chip hands an array to a runtime that does it; `num_slices` take part.
+    """
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+    kind = found[1].lower().replace("_", "-") if found else ""
+    times = {
+        "all-reduce": 2 * (num_slices - 1) / num_slices,
+        "reduce-scatter": (num_slices - 1) / num_slices,
+        "all-to-all": (num_slices - 1) / num_slices,
+        "all-gather": num_slices - 1,
+        "one-to-one": 1,
+    }
+    if kind not in times:
+        raise ValueError(f"cannot read what is sent to other slices: {one.attributes[:300]}")
+    return kind, times[kind] * one.arrays[0].nbytes
 
 
 def _groups(one: Instruction, chips: int) -> list[list[int]]:

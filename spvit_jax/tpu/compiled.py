@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.tpu import hlo
 from spvit_jax.tpu.chips import GIB
-from spvit_jax.tpu.collectives import Collective, collectives
+from spvit_jax.tpu.collectives import BETWEEN_SLICES, Collective, collectives
 from spvit_jax.tpu.work import work
+from spvit_jax.training import sharding
 
 TEMPORARIES = "activations and temporaries"
 # Kinds of what a step takes, by the name of its leaves; the first that matches decides.
@@ -75,8 +76,13 @@ class Compiled:
 
     @property
     def sent(self) -> float:
-        """Bytes that the chip sends to others."""
-        return sum(one.sent for one in self.collectives)
+        """Bytes that the chip sends to others of its slice."""
+        return sum(one.sent for one in self.collectives if one.axis != BETWEEN_SLICES)
+
+    @property
+    def sent_to_slices(self) -> float:
+        """Bytes that the chip sends to other slices."""
+        return sum(one.sent for one in self.collectives if one.axis == BETWEEN_SLICES)
 
 
 def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compiled:
@@ -102,12 +108,14 @@ def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compile
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     done = work(program)
+    num_slices = sharding.num_slices(mesh)
+    in_a_slice = {**mesh.shape, "data": mesh.shape["data"] // num_slices}
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Compiled(
         memory=_memory(compiled.input_formats[0], arguments, sizes),
         flops=2.0 * done.macs,
         hbm_bytes=float(done.hbm_bytes),
-        collectives=collectives(program, dict(mesh.shape)),
+        collectives=collectives(program, in_a_slice, num_slices),
         compiler={
             "arguments": sizes.argument_size_in_bytes,
             "outputs": sizes.output_size_in_bytes,

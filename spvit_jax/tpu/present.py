@@ -55,12 +55,11 @@ def as_text(account: Account) -> str:
     ]
     if train.unknown_loops:
         lines.append(f"  {train.unknown_loops} loops of unknown length count as if they ran once")
+    each = ", ".join(f"{name} {1000 * one:.3f}" for name, one in limits._asdict().items() if one)
     lines += [
         "",
         "at best",
-        f"  {'step':<28}{1000 * seconds:9.3f} ms, by {limits.by} (compute "
-        f"{1000 * limits.compute:.3f}, memory {1000 * limits.memory:.3f}, interconnect "
-        f"{1000 * limits.interconnect:.3f})",
+        f"  {'step':<28}{1000 * seconds:9.3f} ms, by {limits.by} ({each})",
         f"  {'images per second':<28}{account.images_per_second:9,.0f}",
         f"  {'model FLOPs utilisation':<28}{100 * account.mfu:9.1f} %",
         f"  {'the whole recipe':<28}{account.hours:9.2f} hours, "

@@ -71,7 +71,7 @@ def _arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
     """
     slices: dict[int, list[Any]] = {}
     for device in devices:
-        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+        slices.setdefault(slice_of(device), []).append(device)
     sizes = {len(members) for members in slices.values()}
     if len(sizes) > 1 or sizes.pop() % fsdp:
         described = ", ".join(str(len(members)) for _, members in sorted(slices.items()))
@@ -86,6 +86,16 @@ def _arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
         for _, members in sorted(slices.items())
     ]
     return np.concatenate(rows)
+
+
+def num_slices(mesh: Mesh) -> int:
+    """Returns over how many slices of a pod a mesh goes."""
+    return len({slice_of(device) for device in mesh.devices.flat})
+
+
+def slice_of(device: Any) -> int:
+    """Returns the number of the slice that a device is in; 0 on machines that know of none."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:

@@ -18,6 +18,6 @@ DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
 WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1}
 
 
-def planned(topology, changes):
+def planned(topology, changes, num_slices=1):
     environment.prepare()
-    return plan(digits("vit"), chips.topology(topology), DIGITS, changes=changes)
+    return plan(digits("vit"), chips.topology(topology, num_slices), DIGITS, changes=changes)

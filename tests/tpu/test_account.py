@@ -3,7 +3,7 @@
 import pytest
 
 from spvit_jax.models.complexity import count_macs, count_parameters
-from spvit_jax.tpu.account import Account, compile_eval_step, compile_train_step
+from spvit_jax.tpu.account import Account, bound, compile_eval_step, compile_train_step
 from spvit_jax.tpu.compiled import TEMPORARIES
 from tests.tpu.compiler import WIDE, needs_libtpu, planned
 
@@ -117,13 +117,27 @@ def test_on_a_mesh_of_two_axes_each_has_its_own(steps):
     assert sum(sent[key] for key in sent if key[1] == "data") > 0
 
 
+def test_between_slices_go_the_gradients_and_little_else():
+    run = planned("v5e:2x2", WIDE | {"mesh.fsdp": 2}, num_slices=2)
+    assert (run.mesh.shape, run.topology.hosts) == ({"data": 4, "fsdp": 2}, 2)
+    step = compile_train_step(run)
+    nbytes = 4 * count_parameters(run.model)
+    # Each of the four chips of a slice has a quarter of the sum, and exchanges it for the others'.
+    assert step.sent_to_slices == pytest.approx(nbytes / 4, rel=0.02)
+    assert by_axis(step)["all-reduce", "slices"] == step.sent_to_slices
+    assert step.sent > 2 * step.sent_to_slices
+    chip = run.topology.chip
+    assert bound(step, chip).network == step.sent_to_slices / chip.dcn_bandwidth > 0
+
+
 def test_the_bound_is_that_of_the_slowest(account):
-    chip, bound = account.chip, account.bound
-    assert bound.compute == account.train.flops / chip.flops
-    assert bound.memory == account.train.hbm_bytes / chip.hbm_bandwidth
-    assert bound.interconnect == account.train.sent / chip.ici_bandwidth
-    assert bound.seconds == max(bound)
-    assert account.images_per_second == account.run.config.data.batch_size / bound.seconds
+    chip, limits = account.chip, account.bound
+    assert limits.compute == account.train.flops / chip.flops
+    assert limits.memory == account.train.hbm_bytes / chip.hbm_bandwidth
+    assert limits.interconnect == account.train.sent / chip.ici_bandwidth
+    assert limits.network == 0
+    assert limits.seconds == max(limits)
+    assert account.images_per_second == account.run.config.data.batch_size / limits.seconds
     flops = 6 * count_macs(account.run.model) * account.images_per_second
     assert account.mfu == pytest.approx(flops / (CHIPS * 197e12))
     assert 0 < account.mfu < 1

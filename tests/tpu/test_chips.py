@@ -29,6 +29,17 @@ def test_topologies(name, count, hosts):
     assert topology.chip.name == name.partition(":")[0]
 
 
+@needs_libtpu
+def test_several_slices():
+    environment.prepare()
+    topology = chips.topology("v5e:2x2", num_slices=3)
+    assert topology.name == "3 slices of v5e:2x2"
+    assert [device.slice_index for device in topology.devices] == [0] * 4 + [1] * 4 + [2] * 4
+    assert topology.hosts == 3
+    with pytest.raises(InputError, match=r"no bandwidth between slices of v4; .*: v5e, v5p, v6e"):
+        chips.topology("v4:2x2x2", num_slices=2)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -130,6 +130,64 @@ def test_unreadable_groups_are_not_passed_over():
         collectives(hlo.parse(text), {"data": 2, "fsdp": 2})
 
 
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("ALL_REDUCE", 4 / 3), ("ALL_GATHER", 2), ("ONE_TO_ONE", 1)]
+)
+def test_what_goes_to_other_slices(kind, sent):
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    types = f'{handler},_xla_megascale_transfer_type="{kind}"'
+    send = (
+        "  %send = (f32[8,4]{1,0}, u32[], token[]) send(%a, %after), channel_id=2, "
+        f"is_host_transfer=true, frontend_attributes={{{types}}}\n"
+    )
+    text = PROGRAM.replace("  %initial =", send + "  %initial =")
+    found = collectives(hlo.parse(text), {"data": 2, "fsdp": 2}, num_slices=3)
+    (between,) = [one for one in found if one.axis == "slices"]
+    assert (between.kind, between.count) == (kind.lower().replace("_", "-"), 1)
+    assert between.sent == pytest.approx(sent * 8 * 4 * 4)
+    with pytest.raises(ValueError, match="cannot read what is sent to other slices"):
+        collectives(hlo.parse(text.replace(kind, "NEW_WAY")), {"data": 2, "fsdp": 2}, 3)
+
+
+IN_PLACE = """
+HloModule round
+
+%put (stack: f32[9,8,4], value: f32[8,4], at: s32[]) -> (f32[9,8,4], f32[8,4]) {
+  %stack = f32[9,8,4]{2,1,0} parameter(0)
+  %value = f32[8,4]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %doubled = f32[8,4]{1,0} add(%value, %value)
+  %shaped = f32[1,8,4]{2,1,0} bitcast(%doubled)
+  %put_in = f32[9,8,4]{2,1,0} dynamic-update-slice(%stack, %shaped, %at)
+  ROOT %both = (f32[9,8,4]{2,1,0}, f32[8,4]{1,0}) tuple(%put_in, %doubled)
+}
+
+%take (stack: f32[9,8,4], at: s32[]) -> f32[8,4] {
+  %stack.1 = f32[9,8,4]{2,1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %part = f32[1,8,4]{2,1,0} dynamic-slice(%stack.1, %at.1), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = f32[8,4]{1,0} bitcast(%part)
+}
+
+ENTRY %main (stack: f32[9,8,4], value: f32[8,4], at: s32[]) -> f32[8,4] {
+  %stacked = f32[9,8,4]{2,1,0} parameter(0)
+  %new = f32[8,4]{1,0} parameter(1)
+  %round = s32[] parameter(2)
+  %fresh = f32[9,8,4]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %kept = (f32[9,8,4]{2,1,0}, f32[8,4]{1,0}) fusion(%stacked, %new, %round), kind=kLoop, calls=%put
+  %all = f32[9,8,4]{2,1,0} get-tuple-element(%kept), index=0
+  ROOT %taken = f32[8,4]{1,0} fusion(%all, %round), kind=kLoop, calls=%take
+}
+"""
+
+
+def test_a_part_of_an_array_is_read_and_written_as_a_part():
+    """As in a loop, whose rounds keep what they compute in one array."""
+    part, index = 8 * 4 * 4, 4
+    put = part + index + part + part  # reads the value and where; writes it into both results
+    assert work(hlo.parse(IN_PLACE)).hbm_bytes == put + (part + index) + part
+
+
 def test_places_where_a_kernel_meets_its_operand():
     generator = random.Random(0)
     for _ in range(300):
