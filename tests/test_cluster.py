@@ -16,7 +16,16 @@ import pytest
 
 from spvit_jax.errors import InputError
 from spvit_jax.training import cluster
-from tests.commands import CONFIG, SMALL, command, newest_step, records_of, run, saved_arrays
+from tests.commands import (
+    CONFIG,
+    SMALL,
+    command,
+    newest_step,
+    records_of,
+    run,
+    saved_arrays,
+    truncate_checkpoint,
+)
 from tests.conftest import REPOSITORY
 
 STEPS = 20
@@ -201,6 +210,17 @@ def test_sigkill_of_the_coordinator_ends_the_rest_and_the_run_goes_on(environmen
     assert newest_step(tmp_path) < STEPS
     ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={tmp_path}")), 0)
     assert_same_bits(tmp_path, two)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_moved_aside_once(environment, two, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    truncate_checkpoint(workdir, STEPS)
+    said = ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={workdir}")), 0)
+    assert said.count(f"checkpoint {STEPS} cannot be read and was moved to") == 1
+    assert f"start           at step {STEPS - 5} of {STEPS}" in said
+    assert (workdir / "corrupt-checkpoints" / str(STEPS)).is_dir()
+    assert_same_bits(workdir, two)
 
 
 def test_evaluation_counts_each_example_once(environment, alone, tmp_path):

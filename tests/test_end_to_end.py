@@ -27,6 +27,7 @@ from tests.commands import (
     records_of,
     run,
     saved_arrays,
+    truncate_checkpoint,
     wait_until,
 )
 from tests.conftest import REPOSITORY
@@ -138,9 +139,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(environment, reference, tmp_
 def test_truncated_checkpoint_falls_back_to_the_one_before(environment, reference, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(reference, workdir)
-    files = [path for path in (workdir / "checkpoints" / "120").rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.stat().st_size)[-2:]:
-        os.truncate(path, path.stat().st_size // 2)
+    truncate_checkpoint(workdir, 120)
     result = run(environment, "train", CONFIG, f"--workdir={workdir}", *SMALL)
     assert "checkpoint 120 cannot be read and was moved to" in result.stderr
     assert "at step 110 of 120" in result.stderr

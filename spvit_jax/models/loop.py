@@ -18,8 +18,8 @@ from spvit_jax.models.block import Block
 
 MAX_PERIOD = 2  # Swin's blocks alternate between windows that are shifted and that are not
 
-# What a loop keeps of each block for the backward pass. It would keep everything and write it out
-# to memory, where a compiler that sees all blocks at once computes the cheap parts again.
+# What a loop keeps of each block for the backward pass: the linear layers' results. JAX would have
+# it write everything out to memory; a compiler that sees all blocks at once does not.
 LINEAR_LAYERS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
@@ -50,13 +50,10 @@ def find_runs(kinds: Sequence[Hashable], entrances: Collection[int] = ()) -> lis
     start = 0
     while start < len(kinds):
         end = min((layer for layer in entrances if layer > start), default=len(kinds))
-        candidates = [_loop_at(start, kinds[start:end], period) for period in _PERIODS]
-        runs.append(max(candidates, key=lambda run: len(run.layers)))
+        loops = [_loop_at(start, kinds[start:end], period) for period in range(1, MAX_PERIOD + 1)]
+        runs.append(max(loops, key=lambda run: len(run.layers)))
         start = runs[-1].layers.stop
     return runs
-
-
-_PERIODS = range(1, MAX_PERIOD + 1)
 
 
 def _loop_at(start: int, kinds: Sequence[Hashable], period: int) -> Run:
@@ -113,8 +110,8 @@ def through(
 def _split_by_example(x: jax.Array) -> jax.Array:
     """Keeps a batch split by examples over all devices of the mesh in context, if there is one.
 
-    In a loop over parameters that are split themselves, as in FSDP, XLA would else split channels
-    and send activations around.
+    In a loop over parameters that are split, as in FSDP, XLA would otherwise split channels too,
+    and send activations around in every layer.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -108,13 +108,14 @@ class Checkpoints:
             if not problems:
                 return state
             damaged.append(self._move_aside(directory))
-            log.warning(
-                "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
-                "the one before it (%s)",
-                step,
-                damaged[-1],
-                problems[0],
-            )
+            if cluster.is_primary():
+                log.warning(
+                    "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
+                    "the one before it (%s)",
+                    step,
+                    damaged[-1],
+                    problems[0],
+                )
         if damaged:
             raise InputError(
                 f"none of the checkpoints in {self._workdir} could be read; they are now in "
