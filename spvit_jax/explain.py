@@ -1,13 +1,15 @@
-"""Shows what the heads of a checkpoint learned about space, as a picture and as JSON.
+"""Shows what the heads of a checkpoint learned about space, as pictures and as JSON.
 
     python -m spvit_jax.explain --config=configs/digits.py --checkpoint=runs/digits --output=DIR
 
 `priors.png` has the learned gain of each SP-SA layer and head as a map over the offset from query
-to key; `explain.json` has the same numbers, and each head's attention locality score.
+to key, `similarity.png` how much alike the layers' attention is; `explain.json` has the same
+numbers, and each head's attention locality score.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -60,6 +62,44 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
     return scores
 
 
+def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
+    """Returns how much alike the attention of any two layers is (MaiT, after arXiv 2103.11886).
+
+    Args:
+      model: in evaluation mode.
+      images: [B, height, width, 3], normalised.
+
+    Returns:
+      [L, L] float32: the cosine between the weights that a patch gives to all patches in the one
+      layer and in the other, averaged over images, heads and patches; 1 on the diagonal. NaN where
+      two layers have another grid, other heads or other windows. Prefix tokens, which not all
+      layers have, are left out.
+    """
+    maps = [
+        (attention[:, :, num_prefix:, num_prefix:], (grid, getattr(block.attn, "shift", None)))
+        for block, (attention, grid, num_prefix) in zip(
+            model.blocks, model.attention_maps(images), strict=True
+        )
+    ]
+    unit = [rows / jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows, _ in maps]
+    similarity = np.full((len(maps), len(maps)), np.nan, np.float32)
+    for (a, one), (b, other) in itertools.product(enumerate(unit), repeat=2):
+        if maps[a][1] == maps[b][1] and one.shape == other.shape:
+            similarity[a, b] = (one * other).sum(-1).mean()
+    return similarity
+
+
+def plot_similarity(similarity: np.ndarray, path: pathlib.Path) -> None:
+    """Draws the similarity of layers as a PNG file; white where there is none."""
+    side = 3 + 0.15 * len(similarity)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axis.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
+    axis.set(xlabel="layer", ylabel="layer", title="similarity of attention")
+    figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
     """Draws the priors, a row per layer and a column per head, as a PNG file."""
     heads = next(iter(priors.values())).shape[0]
@@ -93,7 +133,7 @@ def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
 
 
 def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
-    """Writes `explain.json` and, for a model with SP-SA, `priors.png` into the output folder.
+    """Writes `explain.json`, `similarity.png` and, with SP-SA, `priors.png` into a folder.
 
     Args:
       config: as `spvit_jax.config.base`; its model must be the checkpoint's.
@@ -122,12 +162,17 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
         images = mix.normalize(jnp.asarray(next(batches)["image"]), data.mean, data.std)
 
     priors = learned_priors(model)
+    similarity = layer_similarity(model, images)
     result = {
+        "layer_similarity": [
+            [None if np.isnan(value) else float(value) for value in row] for row in similarity
+        ],
         "locality_scores": [scores.tolist() for scores in locality_scores(model, images)],
         "priors": {str(layer): table.tolist() for layer, table in priors.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "explain.json").write_text(json.dumps(result) + "\n")
+    plot_similarity(similarity, output / "similarity.png")
     if priors:
         plot_priors(priors, output / "priors.png")
     return result
@@ -140,7 +185,7 @@ def main() -> None:
         "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True
     )
     output = flags.DEFINE_string(
-        "output", None, "Folder for the picture and the JSON file.", required=True
+        "output", None, "Folder for the pictures and the JSON file.", required=True
     )
 
     def run() -> None:
@@ -148,6 +193,7 @@ def main() -> None:
         print("attention locality score of each head (1: only its neighbourhood)")
         for layer, scores in enumerate(result["locality_scores"]):
             print(f"  layer {layer}: " + "  ".join(f"{score:.2f}" for score in scores))
+        print(f"similarity of layers: {pathlib.Path(output.value) / 'similarity.png'}")
         if result["priors"]:
             print(f"learned priors: {pathlib.Path(output.value) / 'priors.png'}")
 

@@ -218,7 +218,8 @@ def test_explain_draws_the_priors(environment, reference, tmp_path):
         environment, "explain", CONFIG, *SMALL, f"--checkpoint={reference}", f"--output={tmp_path}"
     )
     assert "priors.png" in result.stdout
-    assert (tmp_path / "priors.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("priors.png", "similarity.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     explained = json.loads((tmp_path / "explain.json").read_text())
     assert np.shape(explained["priors"]["0"]) == (3, 11, 11)
     assert not np.allclose(explained["priors"]["0"], 1, atol=1e-3)  # it has learned something

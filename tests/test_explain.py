@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.explain import learned_priors, locality_scores
+from spvit_jax.explain import layer_similarity, learned_priors, locality_scores
 from tests.models.weights import random_variables
 
 SMALL = {"image_size": 24, "patch_size": 4, "dim": 12, "num_heads": 3, "num_classes": 5}
@@ -52,3 +52,34 @@ def test_only_spatial_layers_have_a_learned_prior():
         1: (3, 11, 11),
     }
     assert learned_priors(random_variables("cait_xxs24", **SMALL, depth=1).model()) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "comparable"),
+    [
+        ("spvit_s", {"depth": 3, "stem_width": 8, "spatial_layers": 2}, ["111"] * 3),
+        # In the first stage every other layer shifts its windows; the second has one window.
+        (
+            "swin_t",
+            {"depths": (3, 2), "window": 3},
+            ["10100", "01000", "10100", "00011", "00011"],
+        ),
+    ],
+)
+def test_similarity_is_the_cosine_of_rows_of_attention(name, settings, comparable):
+    model = random_variables(name, **SMALL, **settings).model()
+    images = jax.random.normal(jax.random.key(0), (2, 24, 24, 3))
+    similarity = layer_similarity(model, images)
+    assert ["".join(str(int(x)) for x in row) for row in ~np.isnan(similarity)] == comparable
+    np.testing.assert_allclose(np.diag(similarity), 1, rtol=1e-5)
+    np.testing.assert_array_equal(similarity, similarity.T)
+
+    maps = model.attention_maps(images)
+    one, other = (  # the class token is there in the last layer of SP-ViT alone
+        np.asarray(maps[layer].weights)[:, :, maps[layer].num_prefix :, maps[layer].num_prefix :]
+        for layer in (0, 2)
+    )
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    expected = ((one * other).sum(-1) / norms).mean()
+    assert 0 < expected < 0.999
+    np.testing.assert_allclose(similarity[0, 2], expected, rtol=1e-5)
