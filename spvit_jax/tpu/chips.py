@@ -54,7 +54,7 @@ _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p-training, /v6e), read in November 2026. ICI: half
 # of the "bidirectional bandwidth per chip"; for v4, which has none there, of six links of 50 GB/s
 # (arXiv 2304.01433). DCN: of v5p the figure per chip, 50 Gbit/s; of v5e and v6e that of a pod, 6.4
-# and 25.6 Tbit/s, over its 256 chips. Usable memory: what libtpu 0.0.52 names as available when a
+# and 25.6 Tbit/s, over its 256 chips. Usable memory: what libtpu 0.0.42 names as available when a
 # program needs more.
 CHIPS: dict[str, Chip] = {
     chip.name: chip
@@ -117,8 +117,11 @@ def topology(name: str, num_slices: int = 1) -> Topology:
             f"Google gives no bandwidth between slices of {kind}; plan one slice of it, or others: "
             + ", ".join(other.name for other in CHIPS.values() if other.dcn_bandwidth is not None)
         )
+    options: dict[str, Any] = dict(chip.options)
+    if _count(shape) == 1:  # a host has four chips otherwise
+        options["chips_per_host_bounds"] = (1, 1, 1)
     described = topologies.get_topology_desc(
-        platform="tpu", topology_name=name, num_slices=num_slices, **dict(chip.options)
+        platform="tpu", topology_name=name, num_slices=num_slices, **options
     )
     devices: list[Any] = list(described.devices)
     hosts = len({(slice_of(device), device.process_index) for device in devices})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 from spvit_jax.models.naming import named_leaves
@@ -81,6 +82,7 @@ def as_dict(account: Account) -> dict[str, Any]:
     """Returns an account as JSON can hold it: bytes, operations, seconds, per chip unless said."""
     run, limits = account.run, account.bound
     return {
+        "libtpu": importlib.metadata.version("libtpu"),
         "topology": run.topology.name,
         "chips": run.mesh.size,
         "hosts": run.topology.hosts,

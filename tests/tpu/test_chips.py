@@ -1,11 +1,15 @@
 """Names of topologies, and the facts behind them."""
 
 import importlib.util
+import re
+from importlib.metadata import requires
 
 import pytest
+from packaging.requirements import Requirement
 
 from spvit_jax.errors import InputError
 from spvit_jax.tpu import chips, environment
+from tests.conftest import REPOSITORY
 from tests.tpu.compiler import needs_libtpu
 
 
@@ -27,6 +31,15 @@ def test_topologies(name, count, hosts):
     topology = chips.topology(name)
     assert (len(topology.devices), topology.hosts) == (count, hosts)
     assert topology.chip.name == name.partition(":")[0]
+
+
+def test_the_compiler_is_the_one_that_jax_is_made_for():
+    """With a later one, jaxlib cannot read all programs."""
+    (required,) = re.findall(
+        r"^libtpu==(.+)$", (REPOSITORY / "requirements-tpu.txt").read_text(), re.MULTILINE
+    )
+    (wanted,) = [Requirement(line) for line in requires("jax") if line.startswith("libtpu")]
+    assert wanted.specifier.contains(required)
 
 
 @needs_libtpu
