@@ -1,6 +1,6 @@
 """Preflights the recipes of SP-ViT and MaiT on several TPU topologies, and tabulates them.
 
-    python -m benchmarks.preflight --output=runs/preflight
+    python -m benchmarks.preflight
 
 Runs the very command that a user types, once for each recipe and topology, and keeps what it
 writes; what has been recorded is not compiled again, so that it can be stopped and started. The
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", "runs/preflight", "Folder of the records.")
+    flags.DEFINE_string("output", "docs/preflight", "Folder of the records.")
     flags.DEFINE_string("table", "docs/preflight.md", "File with the marks of the table.")
     flags.DEFINE_bool("table_only", False, "Write the table of what is recorded, and end.")
     app.run(main)
