@@ -110,18 +110,24 @@ class RandAugment:
     def _one(
         self, image: jax.Array, key: jax.Array, fill: jax.Array, official_axes: bool
     ) -> tuple[jax.Array, jax.Array]:
-        total = jnp.eye(3)
-        for layer in range(self.layers):
-            draw = self.draw(jax.random.fold_in(key, layer))
+        def layer(
+            number: jax.Array, so_far: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            image, total = so_far
+            draw = self.draw(jax.random.fold_in(key, number))
             changed, matrix = apply(
                 image, draw.operation, draw.level, draw.sign, fill, bicubic=draw.bicubic
             )
-            image = jnp.where(draw.active, changed, image)
             if official_axes:
                 is_turned = draw.operation == OPERATIONS.index("Rotate")
                 matrix = jnp.where(is_turned, matrix, matrix[_SWAP][:, _SWAP])
-            total = jnp.where(draw.active, total @ matrix, total)
-        return image, total
+            return (
+                jnp.where(draw.active, changed, image),
+                jnp.where(draw.active, total @ matrix, total),
+            )
+
+        # A loop, so that the operations are compiled once, not for each layer.
+        return jax.lax.fori_loop(0, self.layers, layer, (image, jnp.eye(3)))
 
     def draw(self, key: jax.Array) -> Draw:
         """Draws one layer's operation."""
