@@ -127,17 +127,28 @@ def _groups(one: Instruction, chips: int) -> list[list[int]]:
         return [[int(chip) for chip in group.split(",")] for group in groups]
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        ids = np.arange(chips).reshape([int(side) for side in iota[3].split(",")])
-        order = [int(axis) for axis in iota[4].split(",")] if iota[4] else range(ids.ndim)
-        return ids.transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}(, device_ids)?", text)
-    if named and not named[3] and ":" not in named[2]:
+        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        text,
+    )
+    if named and ":" not in named[4]:
         sides = {name: int(side) for name, side in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        names, chosen = list(sides), re.findall(r"'([^']+)'", named[2])
-        return _along(sides, [name for name in names if name in chosen])
+        names, chosen = list(sides), re.findall(r"'([^']+)'", named[4])
+        places = _along(sides, [name for name in names if name in chosen])
+        ids = _iota(named[2] or str(chips), named[3]).ravel()
+        return [[int(ids[place]) for place in group] for group in places]
     if "replica_groups={}" in text:
         return [list(range(chips))]
     raise ValueError(f"cannot read the groups of {one.opcode} {one.name}: {text[:300]}")
+
+
+def _iota(sides: str, order: str | None) -> np.ndarray:
+    """Returns ids in an order such as `[2,4]T(1,0)`: counted through an array, which is turned."""
+    shape = [int(side) for side in sides.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else range(len(shape))
+    return np.arange(np.prod(shape)).reshape(shape).transpose(axes)
 
 
 def _along(sides: dict[str, int], axes: list[str]) -> list[list[int]]:

@@ -7,7 +7,6 @@ the same shardings and the same donation.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,11 +74,11 @@ def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) ->
         shardings=shardings,
         create=jax.jit(create, out_shardings=shardings),
         train_step=jax.jit(
-            sharding.on_mesh(mesh, functools.partial(train_step, optimizer=tx, recipe=recipe)),
+            sharding.on_mesh(mesh, train_step, optimizer=tx, recipe=recipe),
             donate_argnames="state",
             out_shardings=shardings,
         ),
-        eval_step=jax.jit(sharding.on_mesh(mesh, functools.partial(eval_step, recipe=recipe))),
+        eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, recipe=recipe)),
     )
 
 

@@ -136,13 +136,13 @@ def plan(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
     return placed, shardings
 
 
-def on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a step which, where JAX traces it, has the mesh as context."""
+def on_mesh(mesh: Mesh, step: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Returns a step with some settings which, where JAX traces it, has the mesh as context."""
 
     @functools.wraps(step)
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*args, **kwargs)
+            return step(*args, **settings)
 
     return traced
 

@@ -114,6 +114,8 @@ def test_collectives_by_kind_and_axis(program):
         ("[2,2]<=[2,2]T(1,0)", "data"),
         ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", "data"),
         ("mesh['axis_0'=4] {'axis_0'}", "data×fsdp"),
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", "fsdp"),
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([4]) {'axis_0'}", "data"),
         ("{}", "data×fsdp"),
         ("{{0,3},{1,2}}", "other"),
     ],

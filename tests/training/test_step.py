@@ -86,7 +86,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
 
     shardings = sharding.state_shardings(state, mesh, "fsdp")
     take = jax.jit(
-        sharding.on_mesh(mesh, functools.partial(step.train_step, optimizer=SGD, recipe=recipe)),
+        sharding.on_mesh(mesh, step.train_step, optimizer=SGD, recipe=recipe),
         donate_argnames="state",
         out_shardings=shardings,
     )
