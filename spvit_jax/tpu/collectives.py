@@ -45,18 +45,20 @@ def collectives(
       num_slices: over which the first axis goes on.
     """
     totals: dict[tuple[str, str], tuple[int, float]] = {}
+
+    def add(kind: str, axis: str, times: int, nbytes: float) -> None:
+        count, sent = totals.get((kind, axis), (0, 0.0))
+        totals[kind, axis] = count + times, sent + times * nbytes
+
     for kind, one, times in _found(program):
         groups = _groups(one, int(np.prod(list(mesh_shape.values()))))
         size = max((len(group) for group in groups), default=1)
         axis = _axis_of(groups, mesh_shape, pairs=kind == "collective-permute")
-        key = kind, axis
-        count, sent = totals.get(key, (0, 0.0))
-        totals[key] = count + times, sent + times * _sent(kind, one, size)
+        add(kind, axis, times, _sent(kind, one, size))
     for one, times in program.executed():
         if one.opcode == "send" and "xla_megascale_runtime" in one.attributes:
             kind, nbytes = _sent_to_slices(one, num_slices)
-            count, sent = totals.get((kind, BETWEEN_SLICES), (0, 0.0))
-            totals[kind, BETWEEN_SLICES] = count + times, sent + times * nbytes
+            add(kind, BETWEEN_SLICES, times, nbytes)
     found = [Collective(*key, *value) for key, value in totals.items()]
     return sorted(found, key=lambda one: -one.sent)
 
