@@ -60,7 +60,7 @@ def row(recipe: str, topology: str, record: dict[str, Any]) -> str:
     if not record["fits"]:
         needed = f"{record['needed_bytes'] / GIB:.1f}"
         if not record["ways"]:
-            return f"{first} {TOPOLOGIES[topology] or ''} | {needed}, too much | | | | | | | |"
+            return f"{first} {TOPOLOGIES[topology] or ''} | {needed}, too much | | | | | | | | |"
         way = record["ways"][0]
         changes = ", ".join(f"`{name}={value}`" for name, value in way["changes"].items())
         return line(f"{first}", way["account"], f"{needed}, too much; with {changes} ")
@@ -79,7 +79,8 @@ def line(first: str, account: dict[str, Any], remark: str) -> str:
         str(account["batch_size"]),
         f"{remark}{account['needed_bytes'] / GIB:.2f} of {account['usable_bytes'] / GIB:.2f}",
         f"{state / GIB:.2f}",
-        f"{memory['activations and temporaries'] / GIB:.2f}",
+        f"{memory['activations'] / GIB:.2f}",
+        f"{memory['temporaries'] / GIB:.2f}",
         f"{1000 * bound['step']:.0f} ({bound['by']})",
         f"{account['images_per_second_at_bound']:,.0f}",
         f"{100 * account['mfu_at_bound']:.0f}%",
@@ -93,7 +94,16 @@ def line(first: str, account: dict[str, Any], remark: str) -> str:
 def table(folder: pathlib.Path) -> str:
     """Returns the rows that are recorded as a Markdown table, and says how many are missing."""
     head = (
-        *("model", "pixels", "topology", "batch", "memory, GiB", "state", "temporaries"),
+        *(
+            "model",
+            "pixels",
+            "topology",
+            "batch",
+            "memory, GiB",
+            "state",
+            "activations",
+            "temporaries",
+        ),
         *("step at best, ms", "images/s", "MFU", "hours", "chip-hours", "compiled in"),
     )
     lines, missing = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []

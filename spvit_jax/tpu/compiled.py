@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.tpu import hlo
+from spvit_jax.tpu.activations import kept_bytes
 from spvit_jax.tpu.chips import GIB
 from spvit_jax.tpu.collectives import BETWEEN_SLICES, Collective, collectives
 from spvit_jax.tpu.work import work
 from spvit_jax.training import sharding
 
-TEMPORARIES = "activations and temporaries"
+ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
 # Kinds of what a step takes, by the name of its leaves; the first that matches decides.
 _KINDS = (
     (r"^state/model/params/", "parameters"),
@@ -112,7 +113,7 @@ def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compile
     in_a_slice = {**mesh.shape, "data": mesh.shape["data"] // num_slices}
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Compiled(
-        memory=_memory(compiled.input_formats[0], arguments, sizes),
+        memory=_memory(compiled.input_formats[0], arguments, sizes, kept_bytes(program)),
         flops=2.0 * done.macs,
         hbm_bytes=float(done.hbm_bytes),
         collectives=collectives(program, in_a_slice, num_slices),
@@ -130,7 +131,9 @@ def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compile
     )
 
 
-def _memory(formats: Any, arguments: Mapping[str, Any], sizes: Any) -> dict[str, int]:
+def _memory(
+    formats: Any, arguments: Mapping[str, Any], sizes: Any, activations: int
+) -> dict[str, int]:
     """Returns the bytes of HBM by kind: of each argument in its layout, and of what is beside."""
     memory = {kind: 0 for _, kind in _KINDS}
     placed = dict(zip(arguments, formats, strict=True))
@@ -140,7 +143,8 @@ def _memory(formats: Any, arguments: Mapping[str, Any], sizes: Any) -> dict[str,
         if layouts.get(name) is not None:  # it has none where the program does not use it
             memory[kind] += _padded_bytes(leaf, layouts[name])
     memory["outputs"] = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    memory[TEMPORARIES] = sizes.temp_size_in_bytes
+    memory[ACTIVATIONS] = activations
+    memory[TEMPORARIES] = sizes.temp_size_in_bytes - activations
     memory["code"] = sizes.generated_code_size_in_bytes
     return {kind: size for kind, size in memory.items() if size}
 
@@ -153,11 +157,7 @@ def _padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> int:
         raw = jax.eval_shape(jax.random.key_data, leaf)
         shape, itemsize = raw.shape, raw.dtype.itemsize
     sides = [shape[axis] for axis in layout.major_to_minor]
-    tile = layout.tiling[0] if layout.tiling else ()
-    sides = [1] * (len(tile) - len(sides)) + sides
-    for place, side in enumerate(reversed(tile), start=1):
-        sides[-place] = math.ceil(sides[-place] / side) * side
-    return math.prod(sides) * itemsize
+    return hlo.padded_size(sides, layout.tiling[0] if layout.tiling else ()) * itemsize
 
 
 def _needed(message: str) -> float | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _ITEM = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^{}]*)\})?")  # f32[8,128]{1,0:T(8,128)}
@@ -26,11 +27,13 @@ class Array:
       shape: on one chip.
       itemsize: bytes of an element.
       in_hbm: whether it lies in the chip's main memory, not in one of its small fast ones.
+      allocated: its bytes in whole tiles of its layout.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     in_hbm: bool
+    allocated: int
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +61,12 @@ class Instruction:
     attributes: str
     is_root: bool
 
+    @property
+    def operation(self) -> str:
+        """The name that JAX gave to what it is for, such as `jit(step)/jvp()/add`, or nothing."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def called(self, attribute: str) -> str | None:
         """Returns the computation that an attribute such as `body` names."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
@@ -76,6 +85,21 @@ class Program:
     computations: dict[str, list[Instruction]]
     entry: str
 
+    def entered(self, one: Instruction) -> list[str]:
+        """Returns the computations that an instruction runs, one after the other."""
+        if one.opcode == "while":
+            return [one.called("body") or ""]
+        if one.opcode == "conditional":  # as if all were taken: not less than what is
+            return _branches(one)
+        return [one.called("to_apply") or ""] if one.opcode == "call" else []
+
+    def sequences(self, computation: str | None = None) -> Iterator[list[Instruction]]:
+        """Yields each computation that a chip runs, its instructions in order."""
+        body = self.computations[computation or self.entry]
+        yield body
+        for name in itertools.chain(*map(self.entered, body)):
+            yield from self.sequences(name)
+
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
         """All instructions under their names."""
@@ -84,15 +108,12 @@ class Program:
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[Executed]:
         """Yields the instructions that a chip runs, those inside of loops with their number."""
         for one in self.computations[computation or self.entry]:
-            if one.opcode == "while":
-                yield from self.executed(one.called("body"), times * (self.trips(one) or 1))
-            elif one.opcode == "conditional":
-                for branch in _branches(one):  # as if all were taken: not less than what is
-                    yield from self.executed(branch, times)
-            elif one.opcode == "call":
-                yield from self.executed(one.called("to_apply"), times)
-            else:
+            entered = self.entered(one)
+            if not entered:
                 yield Executed(one, times)
+            rounds = (self.trips(one) or 1) if one.opcode == "while" else 1
+            for name in entered:
+                yield from self.executed(name, times * rounds)
 
     def loops_of_unknown_length(self) -> int:
         """Returns how many loops are counted as if they ran once."""
@@ -182,7 +203,24 @@ def _array(item: re.Match[str]) -> Array:
     kind, bits, sides, layout = item.groups()
     shape = tuple(int(side) for side in sides.split(",")) if sides else ()
     itemsize = max(int(bits) // 8, 1) if bits else 1  # pred has no number
-    return Array(shape, itemsize, kind != "token" and not re.search(r"S\(\d", layout or ""))
+    order, _, tiling = (layout or "").partition(":")
+    sides = [shape[int(axis)] for axis in reversed(order.split(","))] if order else []
+    tile = re.search(r"T\(([\d,]+)\)", tiling)
+    return Array(
+        shape,
+        itemsize,
+        in_hbm=kind != "token" and not re.search(r"S\(\d", tiling),
+        allocated=itemsize
+        * padded_size(sides, [int(n) for n in tile[1].split(",")] if tile else []),
+    )
+
+
+def padded_size(sides: Sequence[int], tile: Sequence[int]) -> int:
+    """Returns how many elements an array takes, major axis first, of which tiles are whole."""
+    sides = [1] * (len(tile) - len(sides)) + list(sides)
+    for place, side in enumerate(reversed(tile), start=1):
+        sides[-place] = math.ceil(sides[-place] / side) * side
+    return math.prod(sides)
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.tpu.account import Account, bound, compile_eval_step, compile_train_step
-from spvit_jax.tpu.compiled import TEMPORARIES
+from spvit_jax.tpu.compiled import ACTIVATIONS, TEMPORARIES
 from tests.tpu.compiler import WIDE, needs_libtpu, planned
 
 pytestmark = needs_libtpu
@@ -40,7 +40,7 @@ def by_axis(step):
 def test_memory_by_kind_adds_up_to_the_compilers_own_figures(steps, account, name):
     for step in (steps[name], account.evaluation):
         sizes = step.compiler
-        beside = ("outputs", TEMPORARIES, "code")
+        beside = ("outputs", ACTIVATIONS, TEMPORARIES, "code")
         arguments = sum(size for kind, size in step.memory.items() if kind not in beside)
         assert arguments == sizes["arguments"]
         assert step.total == (

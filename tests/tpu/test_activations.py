@@ -1,0 +1,75 @@
+"""What is kept for the backward pass: of programs whose needs are known, and of the train step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spvit_jax.tpu import chips, environment, hlo
+from spvit_jax.tpu.account import compile_train_step
+from spvit_jax.tpu.activations import kept_bytes
+from spvit_jax.tpu.compiled import ACTIVATIONS, TEMPORARIES
+from tests.tpu.compiler import WIDE, needs_libtpu, planned
+
+pytestmark = needs_libtpu
+
+LAYERS, ROWS, COLUMNS = 4, 65536, 512  # arrays larger than a chip's fast memory
+ARRAY = 4 * ROWS * COLUMNS
+# The backward pass of a layer needs the two exponentials and the input. A loop keeps all three, the
+# input perhaps in half the bytes; without a loop the input is the layer's before it.
+KEPT = {
+    "in a loop": (2.5 * LAYERS, 3 * LAYERS),
+    "in a loop, recomputed": (0.5 * LAYERS, LAYERS),
+    "one by one": (2 * LAYERS - 1, 2 * LAYERS),
+}
+
+
+@pytest.fixture(scope="module")
+def device():
+    environment.prepare()
+    return jax.sharding.SingleDeviceSharding(chips.topology("v5e:2x2").devices[0])
+
+
+def network(kind):
+    """The loss of a network of layers, of its weights and rows that it is given."""
+
+    def layer(rows, weights):
+        for one in weights:
+            rows = jnp.exp(rows @ one)
+        return rows, None
+
+    def loss(weights, rows):
+        body = jax.checkpoint(layer) if "recomputed" in kind else layer
+        unroll = LAYERS if kind == "one by one" else 1
+        return jax.lax.scan(body, rows, weights, unroll=unroll)[0].sum()
+
+    return loss
+
+
+def compiled(device, function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, np.float32, sharding=device) for shape in shapes]
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+SHAPES = (LAYERS, 2, COLUMNS, COLUMNS), (ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_arrays_that_the_backward_pass_reads_are_counted(device, kind):
+    program = compiled(device, jax.grad(network(kind)), *SHAPES)
+    least, most = KEPT[kind]
+    assert least <= kept_bytes(program) / ARRAY <= 1.02 * most  # weights are small beside it
+
+
+def test_without_a_backward_pass_nothing_is_kept(device):
+    assert kept_bytes(compiled(device, network("in a loop"), *SHAPES)) == 0
+
+
+def test_micro_batches_keep_theirs_one_after_the_other():
+    changes = WIDE | {"data.batch_size": 8192}  # otherwise they fit in fast memory
+    steps = {
+        count: compile_train_step(planned("v5e:2x2", changes | {"optim.accumulate": count})).memory
+        for count in (1, 4)
+    }
+    assert 1 / 8 < steps[4][ACTIVATIONS] / steps[1][ACTIVATIONS] < 1 / 4
+    assert all(memory[TEMPORARIES] > 0 for memory in steps.values())
