@@ -5,11 +5,14 @@ import pytest
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.tpu.account import Account, bound, compile_eval_step, compile_train_step
 from spvit_jax.tpu.compiled import ACTIVATIONS, TEMPORARIES
-from tests.tpu.compiler import WIDE, needs_libtpu, planned
+from tests.tpu import compiler
+from tests.tpu.compiler import needs_libtpu, planned
 
 pytestmark = needs_libtpu
 
 CHIPS = 4
+# So many images that their activations do not fit in a chip's fast memory.
+WIDE = compiler.WIDE | {"data.batch_size": 8192}
 MESHES = {
     "replicated": {},
     "fsdp": {"mesh.fsdp": 4},
@@ -49,6 +52,12 @@ def test_memory_by_kind_adds_up_to_the_compilers_own_figures(steps, account, nam
             + sizes["temporaries"]
             + sizes["code"]
         )
+
+
+def test_micro_batches_keep_their_activations_one_after_the_other(steps):
+    once, looped = (steps[name].memory for name in ("replicated", "both, in micro-batches"))
+    assert 1 / 8 < looped[ACTIVATIONS] / once[ACTIVATIONS] < 1 / 4  # some are in fast memory
+    assert once[ACTIVATIONS] > once[TEMPORARIES] > 0
 
 
 def test_the_state_is_donated(steps):
