@@ -1,4 +1,4 @@
-"""Eight simulated devices for the tests of sharding; the data set that all tests share."""
+"""Eight simulated devices, programs that compile fast, and the data set that all tests share."""
 
 import os
 import pathlib
@@ -9,8 +9,17 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # of LLVM; halves what most tests take
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs of a module's tests are compiled as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

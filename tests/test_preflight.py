@@ -10,9 +10,9 @@ from spvit_jax.tpu import remedies
 from spvit_jax.tpu.chips import GIB
 from tests.commands import run
 from tests.test_config import digits
-from tests.tpu.compiler import needs_libtpu
+from tests.tpu.compiler import compiles_for_tpus
 
-pytestmark = needs_libtpu
+pytestmark = compiles_for_tpus
 
 SMALL = {"depth": 1, "dim": 12}
 

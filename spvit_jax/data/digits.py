@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 _TEST_SIZE = 500
 _BRIGHTEST = 16  # the pixels' largest value
@@ -39,14 +37,23 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing to download
-        labels = load_digits().target
+        # Imported here: it takes a second of each command's start, and is used once.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        labels = digits.target
         train, test = train_test_split(
             np.arange(len(labels)), test_size=_TEST_SIZE, stratify=labels, random_state=0
         )
-        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
+        return {
+            split: self._generate_examples(indices, digits.images, labels)
+            for split, indices in {"train": train, "test": test}.items()
+        }
 
-    def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        digits = load_digits()
+    def _generate_examples(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in indices.tolist():
-            pixels = np.rint(digits.images[index] * (255 / _BRIGHTEST)).astype(np.uint8)
-            yield index, {"image": pixels[..., None], "label": int(digits.target[index])}
+            pixels = np.rint(images[index] * (255 / _BRIGHTEST)).astype(np.uint8)
+            yield index, {"image": pixels[..., None], "label": int(labels[index])}

@@ -18,6 +18,8 @@ from tests.interop.photographs import photographs
 from tests.interop.torch_models import TorchViT, build_timm, randomise
 from tests.models.weights import abstract_variables, run
 
+pytestmark = pytest.mark.usefixtures("optimized")  # rounding is what is measured here
+
 MIXED = ((4, 3), (4, 1), (4, 2), (12, 0))
 
 # Name here, timm's name or None for our own module, pixels, overrides.

@@ -7,9 +7,9 @@ import pytest
 
 from spvit_jax.tpu import chips, environment, hlo
 from spvit_jax.tpu.activations import kept_bytes
-from tests.tpu.compiler import needs_libtpu
+from tests.tpu.compiler import compiles_for_tpus
 
-pytestmark = needs_libtpu
+pytestmark = compiles_for_tpus
 
 LAYERS, ROWS, COLUMNS = 4, 65536, 512  # arrays larger than a chip's fast memory
 ARRAY = 4 * ROWS * COLUMNS
