@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from spvit_jax.errors import InputError
 from spvit_jax.interop import files
 from spvit_jax.interop.translate import to_ours
 from spvit_jax.models import ModelConfig, ViTConfig, from_dict
+from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.naming import map_named, named_leaves
 from spvit_jax.models.resize import adapt, check_adaptable, check_classes
 from spvit_jax.training import checkpoint, sharding
@@ -158,7 +158,7 @@ def arrays_of(variables: Variables) -> dict[str, Any]:
 
 def _plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
     """Returns a model's variables as shapes with shardings, and the shardings alone."""
-    return sharding.plan(lambda: Variables.of(model.build(nnx.Rngs(0))), mesh, preset)
+    return sharding.plan(lambda: Variables.of(model.build(CountedRngs(0))), mesh, preset)
 
 
 def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from flax import nnx, struct
 from spvit_jax.errors import InputError
 from spvit_jax.models import loop
 from spvit_jax.models.block import Block
+from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.layers import ConvStem, PatchEmbed, accumulation_dtype
 from spvit_jax.models.loop import Run, find_runs
 from spvit_jax.models.spatial import Grid, LocalityMask
@@ -137,6 +138,10 @@ class ModelConfig:
     def build(self, rngs: nnx.Rngs) -> Model:
         """Creates the model."""
         raise NotImplementedError
+
+    def abstract(self) -> Model:
+        """Returns the model with shapes in the place of arrays, of which none is allocated."""
+        return nnx.eval_shape(lambda: self.build(CountedRngs(0)))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields and the family as JSON can hold them; see `models.from_dict`."""

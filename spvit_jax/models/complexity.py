@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,25 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from spvit_jax.models.base import Model, ModelConfig
+from spvit_jax.models.base import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Returns the exact number of trainable parameters, without allocating any."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(config), nnx.Param)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(config.abstract(), nnx.Param)))
 
 
 def count_macs(config: ModelConfig) -> int:
     """Returns the multiply-adds of convolutions and matrix products for one image."""
-    graphdef, state = nnx.split(_abstract(config))
+    graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
-
-
-@functools.lru_cache(maxsize=1)
-def _abstract(config: ModelConfig) -> Model:
-    """Returns the model with shapes in the place of arrays; it takes seconds for a large one."""
-    return nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
 
 
 def macs_of(function: Callable[..., Any], *args: Any) -> int:

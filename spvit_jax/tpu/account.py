@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +16,7 @@ from spvit_jax import config as config_lib
 from spvit_jax.data import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs
+from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.tpu.chips import Chip, Topology
 from spvit_jax.tpu.compiled import Compiled, DoesNotFitError, compile_step
 from spvit_jax.training import program as program_lib
@@ -261,5 +261,5 @@ def _abstract_key(key: jax.Array) -> jax.ShapeDtypeStruct:
 
 def _abstract_teacher(model: ModelConfig, mesh: Mesh) -> Variables:
     """Returns a teacher's weights as shapes with shardings, as `Weights.load` places them."""
-    shapes, _ = sharding.plan(lambda: Variables.of(model.build(nnx.Rngs(0))), mesh, "replicated")
+    shapes, _ = sharding.plan(lambda: Variables.of(model.build(CountedRngs(0))), mesh, "replicated")
     return shapes

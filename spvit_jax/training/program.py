@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spvit_jax.models import ModelConfig
+from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.training import optimizer, sharding
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.state import Metrics, TrainState, Variables
@@ -63,7 +63,7 @@ def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) ->
     tx = optimizer.make_optimizer(config)
 
     def create() -> TrainState:
-        module = model.build(nnx.Rngs(jax.random.fold_in(root, 0)))
+        module = model.build(CountedRngs(jax.random.fold_in(root, 0)))
         return state_lib.create(module, tx, ema=recipe.ema > 0)
 
     abstract, shardings = sharding.plan(create, mesh, config.mesh.sharding)

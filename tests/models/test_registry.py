@@ -1,11 +1,13 @@
 """Names, fields and their errors; exact parameter counts and multiply-adds."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -18,6 +20,7 @@ from spvit_jax.models import (
     model_config,
 )
 from spvit_jax.models.complexity import count_macs, count_parameters
+from spvit_jax.models.initializers import CountedRngs
 
 # Model: parameters and GMACs at 224, the same at 384 (where they are known).
 COUNTS = {
@@ -146,6 +149,27 @@ def test_any_grid_builds(size):
     images = jax.ShapeDtypeStruct((2, *config.image_shape, 3), jnp.float32)
     logits = jax.eval_shape(lambda images: config.build(nnx.Rngs(0))(images), images)
     assert logits.shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("spvit_s", {"depth": 2, "spatial_layers": 1}),
+        ("cait_xxs24", {"depth": 1}),
+        ("swin_t", {"depths": (1, 1)}),
+    ],
+)
+def test_keys_counted_by_python_give_the_weights_that_flax_gives(name, small):
+    config = model_config(name, image_size=32, dim=12, num_heads=3, **small)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def leaves(kind):
+        return jax.tree.leaves(nnx.state(config.build(kind(jax.random.key(3)))))
+
+    ours, theirs = leaves(CountedRngs), leaves(nnx.Rngs)
+    assert len(ours) == len(theirs) > 20
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_same_seed_same_weights():

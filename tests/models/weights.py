@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import map_named
@@ -12,7 +11,7 @@ from spvit_jax.training.state import Variables
 
 def abstract_variables(config):
     """A model's variables with shapes in the place of arrays."""
-    return Variables.of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+    return Variables.of(config.abstract())
 
 
 def random_variables(name, *, dtype="float32", seed=0, **overrides):
