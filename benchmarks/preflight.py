@@ -98,16 +98,8 @@ def line(first: str, account: dict[str, Any], remark: str) -> str:
 def table(folder: pathlib.Path) -> str:
     """Returns the rows that are recorded as a Markdown table, and says how many are missing."""
     head = (
-        *(
-            "model",
-            "pixels",
-            "topology",
-            "batch",
-            "memory, GiB",
-            "state",
-            "activations",
-            "temporaries",
-        ),
+        *("model", "pixels", "topology", "batch"),
+        *("memory, GiB", "state", "activations", "temporaries"),
         *("step at best, ms", "images/s", "MFU", "hours", "chip-hours", "compiled in"),
     )
     lines, missing = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # of LLVM; halves what most tests take
+jax.config.update("jax_disable_most_optimizations", True)  # halves the time of most tests
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 

@@ -205,14 +205,10 @@ def _array(item: re.Match[str]) -> Array:
     itemsize = max(int(bits) // 8, 1) if bits else 1  # pred has no number
     order, _, tiling = (layout or "").partition(":")
     sides = [shape[int(axis)] for axis in reversed(order.split(","))] if order else []
-    tile = re.search(r"T\(([\d,]+)\)", tiling)
-    return Array(
-        shape,
-        itemsize,
-        in_hbm=kind != "token" and not re.search(r"S\(\d", tiling),
-        allocated=itemsize
-        * padded_size(sides, [int(n) for n in tile[1].split(",")] if tile else []),
-    )
+    found = re.search(r"T\(([\d,]+)\)", tiling)
+    tile = [int(side) for side in found[1].split(",")] if found else []
+    in_hbm = kind != "token" and not re.search(r"S\(\d", tiling)
+    return Array(shape, itemsize, in_hbm, itemsize * padded_size(sides, tile))
 
 
 def padded_size(sides: Sequence[int], tile: Sequence[int]) -> int:
