@@ -91,7 +91,7 @@ class Weights:
         Raises:
           InputError: the weights are damaged.
         """
-        like, shardings = _plan(model, mesh, preset)
+        like, shardings = plan(model, mesh, preset)
 
         def make(arrays: Mapping[str, jax.Array]) -> Variables:
             adapted = adapt(arrays, self.config, model, self.where)
@@ -122,7 +122,7 @@ def find(
         config = _known(like if fields is None else from_dict(fields), path)
 
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
-            shapes, _ = _plan(config, mesh, preset)
+            shapes, _ = plan(config, mesh, preset)
             variables = checkpoint.load_variables(directory, shapes, weights=weights)
             return arrays_of(variables)
 
@@ -156,7 +156,7 @@ def arrays_of(variables: Variables) -> dict[str, Any]:
     return {_inside(name): leaf for name, leaf in named_leaves(variables).items()}
 
 
-def _plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
+def plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
     """Returns a model's variables as shapes with shardings, and the shardings alone."""
     return sharding.plan(lambda: Variables.of(model.build(CountedRngs(0))), mesh, preset)
 

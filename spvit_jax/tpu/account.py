@@ -13,16 +13,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
+from spvit_jax import weights
 from spvit_jax.data import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs
-from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.tpu.chips import Chip, Topology
 from spvit_jax.tpu.compiled import Compiled, DoesNotFitError, compile_step
 from spvit_jax.training import program as program_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.program import Program
-from spvit_jax.training.state import Variables
 from spvit_jax.training.step import Recipe
 
 
@@ -239,7 +238,8 @@ def compile_train_step(run: Run) -> Compiled:
     program = run.program
     arguments = {"state": program.abstract, "batch": batch, "rng": _abstract_key(program.root)}
     if run.teacher is not None:
-        arguments["teacher"] = _abstract_teacher(run.teacher, run.mesh)
+        # As `train.py` has it loaded.
+        arguments["teacher"], _ = weights.plan(run.teacher, run.mesh, "replicated")
     return compile_step(program.train_step, arguments, run.mesh)
 
 
@@ -257,9 +257,3 @@ def compile_eval_step(run: Run) -> Compiled:
 
 def _abstract_key(key: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: key)
-
-
-def _abstract_teacher(model: ModelConfig, mesh: Mesh) -> Variables:
-    """Returns a teacher's weights as shapes with shardings, as `Weights.load` places them."""
-    shapes, _ = sharding.plan(lambda: Variables.of(model.build(CountedRngs(0))), mesh, "replicated")
-    return shapes

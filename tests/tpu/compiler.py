@@ -15,8 +15,9 @@ needs_libtpu = pytest.mark.skipif(
 compiles_for_tpus = [needs_libtpu, pytest.mark.usefixtures("optimized")]
 
 DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
-# Wide enough that tiles of TPUs are full and products count; compiled in seconds.
-WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1}
+# Wide enough that tiles of TPUs are full and products count, and so many images that their
+# activations do not fit in a chip's fast memory; compiled in seconds.
+WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1, "data.batch_size": 8192}
 
 
 def planned(topology, changes, num_slices=1):

@@ -5,14 +5,11 @@ import pytest
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.tpu.account import Account, bound, compile_eval_step, compile_train_step
 from spvit_jax.tpu.compiled import ACTIVATIONS, TEMPORARIES
-from tests.tpu import compiler
-from tests.tpu.compiler import compiles_for_tpus, planned
+from tests.tpu.compiler import WIDE, compiles_for_tpus, planned
 
 pytestmark = compiles_for_tpus
 
 CHIPS = 4
-# So many images that their activations do not fit in a chip's fast memory.
-WIDE = compiler.WIDE | {"data.batch_size": 8192}
 MESHES = {
     "replicated": {},
     "fsdp": {"mesh.fsdp": 4},
