@@ -105,7 +105,20 @@ class ConvStem(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(images)))
         x = jax.nn.relu(self.bn2(self.conv2(x)))
         x = jax.nn.relu(self.bn3(self.conv3(x)))
-        return self.proj(x)
+        return self.proj(_apart(x) if self.proj.out_features % 256 == 128 else x)
+
+
+@jax.custom_vjp
+def _apart(x: jax.Array) -> jax.Array:
+    """Returns x; the gradient with respect to it is computed by itself, fused with nothing.
+
+    libtpu 0.0.42.1 crashes on v6e, whose products are 256 wide, where it fuses BatchNorm's backward
+    pass with that of a projection to an odd multiple of 128 channels, such as SP-ViT-S's 384.
+    """
+    return x
+
+
+_apart.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
 
 
 def _projection(channels: int, dim: int, size: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:

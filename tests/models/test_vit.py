@@ -153,6 +153,20 @@ def test_remat_changes_neither_value_nor_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_the_stems_gradient_is_the_same_when_computed_apart(monkeypatch):
+    stem = layers_lib.ConvStem(128, 4, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    direction = jax.random.normal(jax.random.key(2), (2, 10, 16, 128))
+
+    def gradient():
+        return nnx.jit(nnx.grad(lambda stem: (stem(IMAGES) * direction).sum()))(stem)
+
+    apart = gradient()
+    monkeypatch.setattr(layers_lib, "_apart", lambda x: x)
+    for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(gradient()), strict=True):
+        assert abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max())
+
+
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     settings = SMALL | CASES["spvit"][1]
     exact = run(random_variables("spvit_s", **settings), IMAGES)
