@@ -73,9 +73,7 @@ def preflight(
     tried: list[Trial] = []
     if not trial.fits and ways:
         print("compiling what may make it fit:", flush=True)
-        found = remedies.find(
-            run, config, trial.needed, ways=ways, report=lambda one: _report(one, tried)
-        )
+        found = remedies.find(run, config, trial, ways=ways, report=lambda one: _report(one, tried))
         _advise(run, found)
     result = {
         **present.trial_dict(trial),

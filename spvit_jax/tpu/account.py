@@ -18,7 +18,7 @@ from spvit_jax.data import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs
 from spvit_jax.tpu.chips import Chip, Topology
-from spvit_jax.tpu.compiled import Compiled, DoesNotFitError, compile_step
+from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP, Compiled, DoesNotFitError, compile_step
 from spvit_jax.training import program as program_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.program import Program
@@ -175,9 +175,16 @@ class Account:
         return max(self.train.total, self.evaluation.total + self.resident)
 
     @property
+    def too_large(self) -> str | None:
+        """Which of the steps a chip has no room for; None if it has."""
+        if self.needed <= self.chip.usable_hbm:
+            return None
+        return TRAIN_STEP if self.train.total > self.chip.usable_hbm else EVAL_STEP
+
+    @property
     def fits(self) -> bool:
-        """Whether a chip has them."""
-        return self.needed <= self.chip.usable_hbm
+        """Whether a chip has room for both steps."""
+        return self.too_large is None
 
     @property
     def bound(self) -> Bound:
@@ -252,7 +259,7 @@ def compile_eval_step(run: Run) -> Compiled:
     try:
         return compile_step(run.program.eval_step, arguments, run.mesh)
     except DoesNotFitError as error:
-        raise DoesNotFitError(error.needed, error.seconds, "eval step") from error
+        raise DoesNotFitError(error.needed, error.seconds, EVAL_STEP) from error
 
 
 def _abstract_key(key: jax.Array) -> jax.ShapeDtypeStruct:

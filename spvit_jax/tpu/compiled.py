@@ -21,6 +21,7 @@ from spvit_jax.tpu.work import work
 from spvit_jax.training import sharding
 
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
+TRAIN_STEP, EVAL_STEP = "train step", "eval step"
 # Kinds of what a step takes, by the name of its leaves; the first that matches decides.
 _KINDS = (
     (r"^state/model/params/", "parameters"),
@@ -42,7 +43,7 @@ class DoesNotFitError(Exception):
       step: which of the steps it is.
     """
 
-    def __init__(self, needed: float, seconds: float, step: str = "train step"):
+    def __init__(self, needed: float, seconds: float, step: str = TRAIN_STEP):
         super().__init__(f"the {step} needs {needed / GIB:.2f} GiB")
         self.needed, self.seconds, self.step = needed, seconds, step
 

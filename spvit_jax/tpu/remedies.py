@@ -14,7 +14,8 @@ from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.tpu.account import Account, DataFacts, Run, plan, take
 from spvit_jax.tpu.chips import GIB, Topology
-from spvit_jax.tpu.compiled import DoesNotFitError
+from spvit_jax.tpu.compiled import EVAL_STEP, DoesNotFitError
+from spvit_jax.training import sharding
 
 Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
 _TRIES = 9  # compilations at most
@@ -30,18 +31,20 @@ class Trial:
       changes: what is different.
       account: of it; None where it does not fit.
       needed: bytes of HBM per chip; None where no program can be made of it.
-      reason: why there is no account.
+      reason: why it cannot be run.
+      too_large: the step that does not fit, if that is why.
     """
 
     changes: Changes
     account: Account | None
     needed: float | None
     reason: str = ""
+    too_large: str | None = None
 
     @property
     def fits(self) -> bool:
         """Whether it can be run."""
-        return self.account is not None and self.account.fits
+        return self.needed is not None and self.too_large is None
 
 
 def attempt(
@@ -51,41 +54,55 @@ def attempt(
     try:
         account = take(plan(config, topology, data, changes=changes, **kwargs))
     except DoesNotFitError as error:
-        return Trial(changes, None, error.needed, str(error))
+        return Trial(changes, None, error.needed, str(error), error.step)
     except InputError as error:
         return Trial(changes, None, None, str(error))
     reason = "" if account.fits else f"it needs {account.needed / GIB:.2f} GiB"
-    return Trial(changes, account, account.needed, reason)
+    return Trial(changes, account, account.needed, reason, account.too_large)
 
 
 def find(
     run: Run,
     config: ConfigDict,
-    needed: float,
+    failed: Trial,
     *,
     ways: int,
     report: Callable[[Trial], None],
 ) -> list[Trial]:
     """Finds ways to make a run fit, the fastest first.
 
+    Where it is the evaluation that does not fit, it is tried again with smaller batches of it.
+
     Args:
       run: that does not fit.
       config: of it, not resolved.
-      needed: bytes of HBM that it asks for.
+      failed: the trial of it as it is.
       ways: how many to look for.
       report: is told of each trial.
 
     Returns:
       At most so many that fit, each compiled; there may be none.
     """
+    options: Iterator[Changes] = iter(())
+    if failed.needed is not None and failed.too_large != EVAL_STEP:
+        options = candidates(run, failed.needed)
     found: list[Trial] = []
-    for changes in itertools.islice(candidates(run, needed), _TRIES):
-        if len(found) == ways:
+    trial, evaluation = failed, Changes()
+    changes: Changes | None = {}
+    for _ in range(_TRIES):
+        smaller = _smaller_evaluation(run, trial)
+        if smaller is not None:
+            evaluation = {"data.eval_batch_size": smaller}
+        else:
+            changes = next(options, None)
+        if changes is None:
             break
-        trial = attempt(config, run.topology, run.data, changes, teacher=run.teacher)
+        trial = attempt(config, run.topology, run.data, changes | evaluation, teacher=run.teacher)
         report(trial)
         if trial.fits:
             found.append(trial)
+        if len(found) == ways:
+            break
     return sorted(found, key=lambda trial: trial.account.bound.seconds if trial.account else 0)
 
 
@@ -99,10 +116,7 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
     usable = run.topology.chip.usable_hbm
     chips, parts = run.mesh.size, run.config.optim.accumulate
     fsdp, is_split = run.config.mesh.fsdp, run.config.mesh.sharding == "fsdp"
-    state = sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in named_leaves(run.program.abstract).values()
-    )
+    state = _state_bytes(run)
     rest = max(needed - state, 0)
     accumulations = [
         count
@@ -137,6 +151,28 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
         for same in by_kind.values():
             if len(same) > rank:
                 yield same[rank]
+
+
+def _smaller_evaluation(run: Run, trial: Trial) -> int | None:
+    """Returns the largest batch of evaluation that may fit, if that of a trial does not."""
+    if trial.too_large != EVAL_STEP or trial.needed is None:
+        return None
+    fsdp = run.config.mesh.fsdp
+    state = _state_bytes(run) * fsdp / trial.changes.get("mesh.fsdp", fsdp)
+    tried = size = trial.changes.get("data.eval_batch_size", run.eval_batch_size)
+    while size > run.mesh.size:
+        size = sharding.round_up(size // 2, run.mesh)
+        if state + (trial.needed - state) * size / tried <= run.topology.chip.usable_hbm:
+            return size
+    return None
+
+
+def _state_bytes(run: Run) -> int:
+    """Returns what a chip has of a run's state."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in named_leaves(run.program.abstract).values()
+    )
 
 
 def _kinds(changes: Changes) -> frozenset[str]:

@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import pytest
 
+from spvit_jax.tpu import remedies
 from spvit_jax.tpu.account import DataFacts, plan
 from spvit_jax.tpu.chips import CHIPS, GIB, Topology
-from spvit_jax.tpu.remedies import as_flags, candidates
+from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP
+from spvit_jax.tpu.remedies import Trial, as_flags, candidates, find
 from tests.test_config import digits
 
 
@@ -54,6 +56,45 @@ def test_a_preset_that_splits_nothing_is_changed_with_the_axis(run):
 def test_micro_batches_keep_an_image_on_each_chip(run):
     for one in candidates(run, 300 * GIB):
         assert 128 % (8 * one.get("optim.accumulate", 1)) == 0
+
+
+@pytest.fixture
+def ways(run, monkeypatch):
+    """Returns a search for one way, where steps need so many GiB, and less for less at once."""
+
+    def search(training, evaluation):
+        def attempt(config, topology, data, changes, **kwargs):
+            train = training / changes.get("optim.accumulate", 1)
+            if train > 15.75:
+                return Trial(changes, None, train * GIB, too_large=TRAIN_STEP)
+            evaluate = evaluation * changes.get("data.eval_batch_size", 256) / 256
+            too_large = EVAL_STEP if evaluate > 15.75 else None
+            return Trial(changes, None, evaluate * GIB, too_large=too_large)
+
+        monkeypatch.setattr(remedies, "attempt", attempt)
+        tried = []
+        found = find(run, run.config, attempt(*[None] * 3, {}), ways=1, report=tried.append)
+        return [one.changes for one in found], [one.changes for one in tried]
+
+    return search
+
+
+def test_an_evaluation_that_is_too_large_becomes_smaller_and_nothing_else(ways):
+    found, tried = ways(10, 50)
+    assert found == tried == [{"data.eval_batch_size": 64}]
+
+
+def test_what_trains_but_cannot_be_evaluated_is_tried_again(ways):
+    found, tried = ways(20, 20)
+    assert tried[-2:] == [
+        {"optim.accumulate": 2},
+        {"optim.accumulate": 2, "data.eval_batch_size": 128},
+    ]
+    assert found == tried[-1:]
+
+
+def test_an_evaluation_that_cannot_become_small_enough_ends_the_search(ways):
+    assert ways(10, 2000) == ([], [])
 
 
 def test_changes_as_flags():
