@@ -9,10 +9,8 @@ table goes between the two marks in the file, with a row for each that is done.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pathlib
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -58,8 +56,6 @@ def row(recipe: str, topology: str, record: dict[str, Any]) -> str:
     """Returns a line of the table."""
     model, size = RECIPES[recipe]
     first = f"| {model} | {size} | {topology} |"
-    if "crashed" in record:
-        return f"{first} – | libtpu {record['libtpu']} crashes: {record['crashed']} {'| ' * 10}"
     account = record["account"]
     if not record["fits"]:
         needed = f"{record['needed_bytes'] / GIB:.1f}"
@@ -139,12 +135,7 @@ def main(argv: list[str]) -> None:
             partial = path.with_suffix(".partial")
             arguments = command(recipe, topology, partial)
             print(" ".join(arguments[1:]), flush=True)
-            code = subprocess.run(arguments, check=False).returncode
-            print(f"exit code {code}", flush=True)
-            if code < 0:  # a signal: not our program, but the compiler within it
-                crash = {"crashed": signal.Signals(-code).name}
-                crash["libtpu"] = importlib.metadata.version("libtpu")
-                partial.write_text(json.dumps(crash, indent=2) + "\n")
+            print(f"exit code {subprocess.run(arguments, check=False).returncode}", flush=True)
             if partial.exists():
                 partial.rename(path)
             write(table(folder), target)
