@@ -57,7 +57,7 @@ def attempt(
         return Trial(changes, None, error.needed, str(error), error.step)
     except InputError as error:
         return Trial(changes, None, None, str(error))
-    reason = "" if account.fits else f"it needs {account.needed / GIB:.2f} GiB"
+    reason = "" if account.fits else f"the {account.too_large} needs {account.needed / GIB:.2f} GiB"
     return Trial(changes, account, account.needed, reason, account.too_large)
 
 
