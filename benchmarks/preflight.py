@@ -135,7 +135,8 @@ def main(argv: list[str]) -> None:
             partial = path.with_suffix(".partial")
             arguments = command(recipe, topology, partial)
             print(" ".join(arguments[1:]), flush=True)
-            print(f"exit code {subprocess.run(arguments, check=False).returncode}", flush=True)
+            code = subprocess.run(arguments, check=False).returncode
+            print(f"exit code {code}", flush=True)
             if partial.exists():
                 partial.rename(path)
             write(table(folder), target)

@@ -18,7 +18,7 @@ from spvit_jax.data import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs
 from spvit_jax.tpu.chips import Chip, Topology
-from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP, Compiled, DoesNotFitError, compile_step
+from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP, Compiled, compile_step
 from spvit_jax.training import program as program_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.program import Program
@@ -247,7 +247,7 @@ def compile_train_step(run: Run) -> Compiled:
     if run.teacher is not None:
         # As `train.py` has it loaded.
         arguments["teacher"], _ = weights.plan(run.teacher, run.mesh, "replicated")
-    return compile_step(program.train_step, arguments, run.mesh)
+    return compile_step(TRAIN_STEP, program.train_step, arguments, run.mesh)
 
 
 def compile_eval_step(run: Run) -> Compiled:
@@ -256,10 +256,7 @@ def compile_eval_step(run: Run) -> Compiled:
         run.eval_batch_size, run.model.image_shape, run.mesh, train=False
     )
     arguments = {"model": run.program.abstract.best_model, "batch": batch}
-    try:
-        return compile_step(run.program.eval_step, arguments, run.mesh)
-    except DoesNotFitError as error:
-        raise DoesNotFitError(error.needed, error.seconds, EVAL_STEP) from error
+    return compile_step(EVAL_STEP, run.program.eval_step, arguments, run.mesh)
 
 
 def _abstract_key(key: jax.Array) -> jax.ShapeDtypeStruct:

@@ -39,13 +39,12 @@ class DoesNotFitError(Exception):
 
     Attributes:
       needed: bytes, by the compiler's account.
-      seconds: that it took to find out.
       step: which of the steps it is.
     """
 
-    def __init__(self, needed: float, seconds: float, step: str = TRAIN_STEP):
+    def __init__(self, needed: float, step: str):
         super().__init__(f"the {step} needs {needed / GIB:.2f} GiB")
-        self.needed, self.seconds, self.step = needed, seconds, step
+        self.needed, self.step = needed, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +86,11 @@ class Compiled:
         return sum(one.sent for one in self.collectives if one.axis == BETWEEN_SLICES)
 
 
-def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compiled:
+def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compiled:
     """Compiles a jitted step and takes its account.
 
     Args:
+      name: `TRAIN_STEP` or `EVAL_STEP`.
       step: jitted; of `training.program`.
       arguments: in order, under the names that `Compiled.memory` is sorted by; shapes with
         shardings.
@@ -106,7 +106,7 @@ def compile_step(step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compile
         needed = _needed(str(error))
         if needed is None:
             raise
-        raise DoesNotFitError(needed, time.monotonic() - start) from error
+        raise DoesNotFitError(needed, name) from error
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     done = work(program)

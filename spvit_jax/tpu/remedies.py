@@ -14,7 +14,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.tpu.account import Account, DataFacts, Run, plan, take
 from spvit_jax.tpu.chips import GIB, Topology
-from spvit_jax.tpu.compiled import EVAL_STEP, DoesNotFitError
+from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP, DoesNotFitError
 from spvit_jax.training import sharding
 
 Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
@@ -84,18 +84,17 @@ def find(
       At most so many that fit, each compiled; there may be none.
     """
     options: Iterator[Changes] = iter(())
-    if failed.needed is not None and failed.too_large != EVAL_STEP:
+    if failed.needed is not None and failed.too_large == TRAIN_STEP:
         options = candidates(run, failed.needed)
     found: list[Trial] = []
-    trial, evaluation = failed, Changes()
-    changes: Changes | None = {}
+    trial, changes, evaluation = failed, Changes(), Changes()
     for _ in range(_TRIES):
         smaller = _smaller_evaluation(run, trial)
         if smaller is not None:
             evaluation = {"data.eval_batch_size": smaller}
+        elif (option := next(options, None)) is not None:
+            changes = option
         else:
-            changes = next(options, None)
-        if changes is None:
             break
         trial = attempt(config, run.topology, run.data, changes | evaluation, teacher=run.teacher)
         report(trial)

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from spvit_jax.tpu import chips, environment
@@ -18,6 +19,11 @@ DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
 # Wide enough that tiles of TPUs are full and products count, and so many images that their
 # activations do not fit in a chip's fast memory; compiled in seconds.
 WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1, "data.batch_size": 8192}
+
+
+def one_chip(topology):
+    environment.prepare()
+    return jax.sharding.SingleDeviceSharding(chips.topology(topology).devices[0])
 
 
 def planned(topology, changes, num_slices=1):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.tpu import chips, environment, hlo
+from spvit_jax.tpu import hlo
 from spvit_jax.tpu.activations import kept_bytes
-from tests.tpu.compiler import compiles_for_tpus
+from tests.tpu.compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
 
@@ -24,8 +24,7 @@ KEPT = {
 
 @pytest.fixture(scope="module")
 def device():
-    environment.prepare()
-    return jax.sharding.SingleDeviceSharding(chips.topology("v5e:2x2").devices[0])
+    return one_chip("v5e:2x2")
 
 
 def network(kind):

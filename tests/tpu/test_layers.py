@@ -6,8 +6,7 @@ import pytest
 from flax import nnx
 
 from spvit_jax.models.layers import ConvStem
-from spvit_jax.tpu import chips, environment
-from tests.tpu.compiler import compiles_for_tpus
+from tests.tpu.compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
 
@@ -16,16 +15,15 @@ pytestmark = compiles_for_tpus
 @pytest.mark.parametrize("dim", [128, 256])
 def test_the_stem_can_be_trained(topology, dim):
     """libtpu took this process down with it, on v6e with 128 channels."""
-    environment.prepare()
+    chip = one_chip(topology)
     stem = nnx.eval_shape(lambda: ConvStem(dim, 4, 16, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, weights = nnx.split(stem)
     shapes = weights, *(jnp.empty((8, *shape)) for shape in ((32, 32, 3), (8, 8, dim)))
-    device = jax.sharding.SingleDeviceSharding(chips.topology(topology, 1).devices[0])
 
     @jax.grad
     def gradient(weights, images, direction):
         return (direction * nnx.merge(graph, weights)(images)).sum()
 
-    step = jax.jit(gradient, in_shardings=device, out_shardings=device)
+    step = jax.jit(gradient, in_shardings=chip, out_shardings=chip)
     compiled = step.lower(*shapes).compile()
     assert compiled.cost_analysis()["flops"] > 0
