@@ -13,13 +13,17 @@ from spvit_jax.tpu.remedies import Trial, as_flags, candidates, find
 from tests.test_config import digits
 
 
-@pytest.fixture(scope="module")
-def run():
+def planned(**model):
     config = digits("vit")
-    config.model.update({"depth": 1, "dim": 48})
+    config.model.update({"depth": 1} | model)
     config.data.batch_size = 128
     topology = Topology("v5e:2x4", CHIPS["v5e"], jax.devices(), hosts=2)
     return plan(config, topology, DataFacts(1297, 500, 10))
+
+
+@pytest.fixture(scope="module")
+def run():
+    return planned(dim=48)
 
 
 def test_what_is_needed_for_activations_is_not_looked_for_in_parameters(run):
@@ -28,6 +32,14 @@ def test_what_is_needed_for_activations_is_not_looked_for_in_parameters(run):
     assert changes[0] == {"model.remat": True}
     assert {"optim.accumulate": 2} in changes
     assert not any(set(one) == {"mesh.fsdp"} for one in changes)
+
+
+def test_what_is_needed_for_parameters_is_looked_for_there():
+    # Parameters, two moments and an average: 13.9 GiB, and 17.2, which no chip of v5e has.
+    assert next(candidates(planned(dim=9216, num_heads=72), 17.3 * GIB)) == {"mesh.fsdp": 2}
+    changes = list(candidates(planned(dim=10240, num_heads=80), 21 * GIB))
+    assert changes[0] == {"mesh.fsdp": 2}
+    assert all("mesh.fsdp" in one for one in changes)
 
 
 def test_stronger_means_where_more_is_needed(run):
