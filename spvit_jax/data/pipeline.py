@@ -212,9 +212,23 @@ def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
       int64 [n] in 0 … total-1.
     """
     epoch, position = ordinal // total, ordinal % total
-    same = tf.ones_like(ordinal)
-    seeds = tf.cast(tf.stack([seed * same, epoch, 0 * same], axis=1), tf.int32)
-    return tf.raw_ops.RandomIndexShuffle(index=position, seed=seeds, max_index=(total - 1) * same)
+    # The operation's permutations are hardly random under keys that are as alike as the numbers of
+    # epochs are, nor with the four rounds that are its default.
+    key = _hash(_hash(tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))) + epoch)
+    words = tf.concat([tf.bitcast(key, tf.int32), tf.bitcast(_hash(key), tf.int32)], axis=1)
+    return tf.raw_ops.RandomIndexShuffle(
+        index=position, seed=words[:, :3], max_index=(total - 1) * tf.ones_like(ordinal), rounds=8
+    )
+
+
+def _hash(x: tf.Tensor) -> tf.Tensor:
+    """Returns SplitMix64's next number after each state int64 [n] (Steele et al., OOPSLA 2014)."""
+    x = tf.cast(x, tf.uint64) + tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64)))
+        x = x * tf.constant(factor, tf.uint64)
+    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(31, tf.uint64)))
+    return tf.cast(x, tf.int64)
 
 
 @dataclasses.dataclass(frozen=True)

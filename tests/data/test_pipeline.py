@@ -110,6 +110,49 @@ def test_shuffle_is_a_permutation_at_imagenet_size():
     assert np.array_equal(np.sort(epoch.numpy()), np.arange(total))
 
 
+@pytest.fixture(
+    scope="module", params=itertools.product((0, 1, 42), (500, 1297, 20_000, 1_281_167))
+)
+def five_epochs(request):
+    """The examples of five epochs int64 [5, n], by seed and number of examples."""
+    seed, total = request.param
+    order = pipeline.shuffled_index(tf.range(5 * total, dtype=tf.int64), total, seed)
+    return order.numpy().reshape(5, total)
+
+
+def in_batches(epochs, size=64):
+    """[epochs, batches, size], without what does not fill a batch."""
+    return epochs[:, : epochs.shape[1] // size * size].reshape(len(epochs), -1, size)
+
+
+def test_batches_of_data_ordered_by_class_have_the_classes_of_random_draws(five_epochs):
+    """χ² per degree of freedom of the class counts is 1, within five standard deviations."""
+    total, classes, size = five_epochs.shape[1], 10, 64
+    batches = in_batches(five_epochs * classes // total).reshape(-1, size)
+    counts = np.stack([(batches == label).sum(1) for label in range(classes)], axis=1)
+    expected = size * np.bincount(np.arange(total) * classes // total) / total
+    drawn_without_replacement = (total - size) / (total - 1)
+    chi2 = ((counts - expected) ** 2 / expected).sum(1) / drawn_without_replacement
+    deviation = (2 * (classes - 1) / len(batches)) ** 0.5
+    assert abs(chi2.mean() - (classes - 1)) < 5 * deviation
+
+
+def test_images_that_shared_a_batch_meet_again_as_often_as_by_chance(five_epochs):
+    total, size = five_epochs.shape[1], 64
+    first, *later = in_batches(five_epochs)
+    met = 0
+    for epoch in later:
+        batch_of = np.full(total, -1)
+        batch_of[epoch.reshape(-1)] = np.repeat(np.arange(len(epoch)), size)
+        then, now = np.indices(first.shape)[0], batch_of[first]
+        _, together = np.unique((then * total + now)[now >= 0], return_counts=True)
+        met += (together * (together - 1) // 2).sum()
+    pairs = len(first) * size * (size - 1) / 2
+    in_a_batch = len(first) * size / total  # what does not fill one is in none
+    chance = len(later) * pairs * in_a_batch * (size - 1) / (total - 1)
+    assert abs(met - chance) < 5 * chance**0.5
+
+
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (96, 1), (500, 1), (512, 2), (64, 4)])
 def test_evaluation_counts_each_example_once(batch_size, count, data_dir):
     source = datasets.load("digits", "test", data_dir)
