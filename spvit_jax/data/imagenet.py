@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import io
 import pathlib
-import shutil
-import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters, hashing
+from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
-from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 from tqdm import tqdm
 
+from spvit_jax.data import records
 from spvit_jax.data.sources import builder_of, labels_file, only_one_process, save_labels
+from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
 NAME = "imagenet2012"
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,85 +79,143 @@ def prepare(
     Raises:
       InputError: an archive is missing, cut off or not ImageNet's, or the disk is full.
     """
+    paths = {split: manual_dir / archive.file_name for split, archive in ARCHIVES.items()}
     builder = builder_of(NAME, str(data_dir))
-    if builder.is_prepared():
-        return builder
-    found = {
-        split: images_of(manual_dir / archive.file_name, split, builder, partial=partial)
-        for split, archive in ARCHIVES.items()
-        if (manual_dir / archive.file_name).exists() or not partial
-    }
-    if not found:
-        files = " and ".join(archive.file_name for archive in ARCHIVES.values())
-        raise InputError(f"{manual_dir} holds neither {files}")
-
-    final = pathlib.Path(builder.data_dir)
-    # What was begun is gone on with if it was of the same files.
-    contents = zlib.crc32(repr((num_shards, found)).encode())
-    growing = final.with_name(f"{final.name}.unfinished-{contents:08x}")
-    with only_one_process(data_dir):
+    if not builder.is_prepared():
+        if partial:
+            paths = {split: path for split, path in paths.items() if path.exists()}
+        if not paths:
+            files = " and ".join(archive.file_name for archive in ARCHIVES.values())
+            raise InputError(f"{manual_dir} holds neither {files}")
+        for split, path in paths.items():
+            _check_file(path, ARCHIVES[split], partial)
+        with only_one_process(data_dir):
+            builder = builder_of(NAME, str(data_dir))
+            if not builder.is_prepared():  # by another process, meanwhile
+                _make(builder, paths, num_shards, partial)
         builder = builder_of(NAME, str(data_dir))
-        if builder.is_prepared():  # by another process, meanwhile
-            return builder
-        growing.mkdir(parents=True, exist_ok=True)
-        _check_space(growing, found)
-        infos = [
-            _write_split(builder, manual_dir, growing, split, images, num_shards)
-            for split, images in found.items()
-        ]
-        builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-        builder.info.write_to_directory(growing)
-        growing.rename(final)
-    return builder_of(NAME, str(data_dir))
+    if not partial:
+        check_complete(builder)
+    return builder
 
 
-def images_of(
-    path: pathlib.Path, split: str, builder: tfds.core.DatasetBuilder, *, partial: bool
-) -> list[Image]:
-    """Reads the table of contents of an archive, and checks that all of ImageNet is there.
+def check_complete(builder: tfds.core.DatasetBuilder) -> None:
+    """Raises an `InputError` if a data set that is prepared is but a part of ImageNet."""
+    for split, archive in ARCHIVES.items():
+        splits = builder.info.splits
+        found = splits[split].num_examples if split in splits else 0
+        if found != archive.num_images:
+            raise InputError(
+                f"{builder.data_dir} holds a part of ImageNet, {found} {split} images; expected "
+                f"{archive.num_images}: pass --partial to go on with it, or remove it, or choose "
+                "another --data_dir"
+            )
 
-    Raises:
-      InputError: it is missing, cut off, or has other files than it should.
-    """
-    expected = ARCHIVES[split]
+
+def _check_file(path: pathlib.Path, archive: Archive, partial: bool) -> None:
+    """Raises an `InputError` if an archive is missing or, by its size, cut off."""
     if not path.exists():
         raise InputError(f"{path} is not there; register at https://image-net.org to download it")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; expected the archive as it was downloaded")
     size = path.stat().st_size
-    if size != expected.num_bytes and not partial:
+    if size != archive.num_bytes and not partial:
         raise InputError(
-            f"{path} has {size} bytes; expected {expected.num_bytes}: download it again, or pass "
+            f"{path} has {size} bytes; expected {archive.num_bytes}: download it again, or pass "
             "--partial to try things out on a part of ImageNet"
         )
-    try:
-        images = list(_train_images(path) if split == "train" else _validation_images(path))
-    except tarfile.TarError as error:
-        raise InputError(f"{path} cannot be read to its end: {error}; download it again") from error
 
+
+def _make(
+    builder: tfds.core.DatasetBuilder,
+    paths: dict[str, pathlib.Path],
+    num_shards: int | None,
+    partial: bool,
+) -> None:
+    """Makes the data set of archives, or goes on making it."""
+    # Validation first: its table of contents is read in a moment, and may end it here.
+    contents = {split: _contents(path, split) for split, path in reversed(paths.items())}
+    found = {split: contents[split] for split in paths}
+    for split, images in found.items():
+        _check_contents(paths[split], split, images, builder, partial=partial)
+    final = pathlib.Path(builder.data_dir)
+    # What was begun is gone on with if it was of the same files.
+    key = zlib.crc32(repr((num_shards, found)).encode())
+    growing = final.with_name(f"{final.name}.unfinished-{key:08x}")
+    growing.mkdir(parents=True, exist_ok=True)
+    for path in growing.glob(".*.partial"):  # left by a process that was killed
+        path.unlink()
+    needed = sum(image.num_bytes for images in found.values() for image in images)
+    written = sum(path.stat().st_size for path in growing.iterdir())
+    records.check_space(growing, needed - written)
+    infos = [
+        _write_split(builder, paths[split], growing, split, images, num_shards)
+        for split, images in found.items()
+    ]
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    builder.info.write_to_directory(growing)
+    growing.rename(final)
+
+
+def _check_contents(
+    path: pathlib.Path,
+    split: str,
+    images: list[Image],
+    builder: tfds.core.DatasetBuilder,
+    *,
+    partial: bool,
+) -> None:
+    """Raises an `InputError` if an archive has other images than ImageNet, or not all of them."""
+    if not images:
+        raise InputError(f"{path} holds no images")
+    name, times = collections.Counter(image.file_name for image in images).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} holds {name!r} {times} times; every file has a name of its own")
     classes = builder.info.features["label"].names
     found = collections.Counter(image.label for image in images)
     if unknown := sorted(found.keys() - set(classes)):
         raise InputError(
             f"{path} holds {unknown[0]!r}, which is none of ImageNet's {len(classes)} classes"
         )
-    if not images:
-        raise InputError(f"{path} holds no images")
-    name, times = collections.Counter(image.file_name for image in images).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path} holds {name!r} {times} times; every file has a name of its own")
+    expected = ARCHIVES[split]
     complete = len(images) == expected.num_images and len(found) == len(classes)
     if not complete and not partial:
         raise InputError(
             f"{path} holds {len(images)} images of {len(found)} classes; expected "
             f"{expected.num_images} of {len(classes)}"
         )
-    return images
+
+
+def check_validation_archive(manual_dir: pathlib.Path) -> None:
+    """Checks the validation archive, if there, for data sets that TFDS itself makes of it.
+
+    Raises:
+      InputError: it is cut off, or has other files than it should.
+    """
+    archive = ARCHIVES["validation"]
+    path = manual_dir / archive.file_name
+    if path.exists():
+        _check_file(path, archive, partial=True)
+        _contents(path, "validation")
+
+
+def _contents(path: pathlib.Path, split: str) -> list[Image]:
+    """Reads the table of contents of an archive."""
+    try:
+        return list(_train_images(path) if split == "train" else _validation_images(path))
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path} cannot be read to its end: {error}; download it again") from error
 
 
 def _train_images(path: pathlib.Path) -> Iterator[Image]:
     """Yields the images of an archive of archives, one for each class."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
         for member in tqdm(
-            outer, desc=f"reading {path.name}", unit=" classes", total=1000, disable=_no_bar()
+            outer,
+            desc=f"reading {path.name}",
+            unit=" classes",
+            total=1000,
+            disable=records.no_bar(),
         ):
             if not member.isfile():
                 continue
@@ -173,12 +230,62 @@ def _train_images(path: pathlib.Path) -> Iterator[Image]:
 
 
 def _validation_images(path: pathlib.Path) -> Iterator[Image]:
-    labels = imagenet_common.get_validation_labels(path)
+    """Yields the images of the validation archive, whose classes are known by their names."""
+    labels = validation_labels()
     with tarfile.open(path, mode="r:") as archive:
-        for image in archive:
-            if image.isfile():
-                label = labels.get(image.name, "an image that is not in the list of labels")
-                yield Image(image.name, label, image.offset_data, image.size)
+        images = [image for image in archive if image.isfile()]
+    expected = list(labels)[: len(images)]
+    if others := sorted({image.name for image in images} - set(expected)):
+        raise InputError(
+            f"{path} holds {others[0]!r}; expected files {expected[0]} to {expected[-1]}, since "
+            "TFDS labels them by their order: a part of ImageNet has the first ones, as they were "
+            "named"
+        )
+    for image in images:
+        yield Image(image.name, labels[image.name], image.offset_data, image.size)
+
+
+@functools.cache
+def validation_labels() -> dict[str, str]:
+    """Returns the classes of all validation images by their files' names, in order.
+
+    TFDS has them as a list, in the order of the names.
+    """
+    path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    wnids = path.read_text().split()
+    return {f"ILSVRC2012_val_{i:08}.JPEG": wnid for i, wnid in enumerate(wnids, start=1)}
+
+
+def label_check(builder: tfds.core.DatasetBuilder) -> Callable[[str, bytes], None]:
+    """Returns a function that checks the label of a record that TFDS's own builder has made.
+
+    TFDS labels validation images by their order in the archive, so that those of a part of it, or
+    under other names, have wrong labels.
+
+    Args:
+      builder: of the data set, which is prepared.
+
+    Returns:
+      A function of a split's name and a serialised example that raises an `InputError` if the
+      label is not that of the file's name.
+    """
+    labels, features = validation_labels(), builder.info.features
+    decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def check(split: str, record: bytes) -> None:
+        if split != "validation":
+            return
+        example = features.deserialize_example_np(record, decoders=decoders)
+        name = example["file_name"].decode()
+        label = features["label"].int2str(int(example["label"]))
+        if labels.get(name) != label:
+            raise InputError(
+                f"{builder.data_dir} has the label {label} for {name!r}; expected "
+                f"{labels.get(name, 'no image of this name')}: TFDS has made it of a part of the "
+                "validation archive or of files with other names; make it of the whole archive"
+            )
+
+    return check
 
 
 class _Window(io.RawIOBase):
@@ -211,23 +318,9 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _check_space(directory: pathlib.Path, found: dict[str, list[Image]]) -> None:
-    """Raises an `InputError` if what is still to be written is more than the disk has left."""
-    needed = sum(image.num_bytes for images in found.values() for image in images)
-    for path in directory.glob(".*.partial"):  # left by a process that was killed
-        path.unlink()
-    written = sum(path.stat().st_size for path in directory.iterdir())
-    free = shutil.disk_usage(directory).free
-    if needed - written > free:
-        raise InputError(
-            f"{directory} needs {(needed - written) / _GIB:.1f} GiB and its disk has "
-            f"{free / _GIB:.1f} left; make room, or choose another --data_dir"
-        )
-
-
 def _write_split(
     builder: tfds.core.DatasetBuilder,
-    manual_dir: pathlib.Path,
+    archive_path: pathlib.Path,
     directory: pathlib.Path,
     split: str,
     images: list[Image],
@@ -243,8 +336,8 @@ def _write_split(
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
     )
-    bar = tqdm(total=num_bytes, desc=split, unit="B", unit_scale=True, disable=_no_bar())
-    with (manual_dir / ARCHIVES[split].file_name).open("rb") as archive, bar:
+    bar = tqdm(total=num_bytes, desc=split, unit="B", unit_scale=True, disable=records.no_bar())
+    with archive_path.open("rb") as archive, bar:
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             path = pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=count))
             if not path.exists():
@@ -264,25 +357,18 @@ def _write_split(
 def _write_shard(builder: Any, archive: BinaryIO, images: list[Image], path: pathlib.Path) -> None:
     """Writes one file of records, whole or not at all."""
 
-    def records() -> Iterator[tuple[str, bytes]]:
+    def examples() -> Iterator[tuple[str, bytes]]:
         for image in images:
             archive.seek(image.offset)
             content: BinaryIO = io.BytesIO(archive.read(image.num_bytes))
-            # A few files of the train split are CMYK, and one is a PNG.
-            content = builder._fix_image(image.file_name, content)
+            try:  # A few files of the train split are CMYK, and one is a PNG.
+                content = builder._fix_image(image.file_name, content)
+            except tf.errors.OpError as error:
+                raise InputError(
+                    f"{image.file_name} in {archive.name} cannot be decoded, as it has to be to "
+                    "become an RGB JPEG; download the archive again"
+                ) from error
             example = {"file_name": image.file_name, "image": content, "label": image.label}
             yield image.file_name, builder.info.features.serialize_example(example)
 
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        file_adapters.ArrayRecordFileAdapter.write_examples(temporary, records())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot write {path}: {error}; what is finished is kept, and the same command goes on"
-        ) from error
-
-
-def _no_bar() -> bool:
-    return not sys.stderr.isatty()
+    records.write(path, examples())

@@ -3,11 +3,13 @@
     python -m spvit_jax.data.prepare --dataset=imagenet2012 --manual_dir=/archives --data_dir=/data
     python -m spvit_jax.data.prepare --dataset=imagenet2012_real --manual_dir=/archives
     python -m spvit_jax.data.prepare --dataset=imagenet_v2/matched-frequency
+    python -m spvit_jax.data.prepare --dataset=imagenet2012 --data_dir=DATA
 
 For `imagenet2012` it reads `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, checks that
 they are whole, and goes on where it was interrupted; `--partial` takes smaller ones, for trying
 things out. ImageNet-ReaL needs the second archive, and its labels are downloaded; ImageNet-V2 is
-downloaded, as are other data sets of TFDS.
+downloaded, as are other data sets of TFDS. Where TFDS has prepared a data set in DATA as TFRecord,
+its default, ArrayRecord files are added, without the archives.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from spvit_jax import cli
-from spvit_jax.data import imagenet
-from spvit_jax.data.sources import TfdsSource, builder_of, only_one_process
+from spvit_jax.data import imagenet, records
+from spvit_jax.data.sources import TfdsSource, builder_of, label_feature, only_one_process
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -38,20 +40,56 @@ def prepare(
       partial: for imagenet2012, whether a part of it will do.
 
     Raises:
-      InputError: there is no such data set, an archive is missing or damaged, or the disk is full.
+      InputError: there is no such data set, it has no images, an archive or a file of what was
+        prepared is missing or damaged, or the disk is full or cannot be written.
     """
-    if name == imagenet.NAME and manual_dir is not None:
-        return imagenet.prepare(manual_dir, data_dir, partial=partial)
-    builder = builder_of(name, str(data_dir))
-    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None and not builder.is_prepared():
+    try:
+        builder = builder_of(name, str(data_dir))
+        label_feature(name, builder)
+        if builder.is_prepared():
+            return _converted(builder, name, data_dir, partial)
+        if name == imagenet.NAME and manual_dir is not None:
+            return imagenet.prepare(manual_dir, data_dir, partial=partial)
+        return _made_by_tfds(builder, name, manual_dir, data_dir)
+    except OSError as error:
+        raise InputError(f"data set {name!r} cannot be prepared in {data_dir}: {error}") from error
+
+
+def _converted(
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: pathlib.Path, partial: bool
+) -> tfds.core.DatasetBuilder:
+    """Adds ArrayRecord files to a data set that was prepared without them."""
+    check_label = None
+    if builder.name == imagenet.NAME:
+        check_label = imagenet.label_check(builder)
+        if not partial:
+            imagenet.check_complete(builder)
+    if not records.is_converted(builder):
+        with only_one_process(data_dir):
+            records.convert(builder, check_label)
+    return builder_of(name, str(data_dir))
+
+
+def _made_by_tfds(
+    builder: tfds.core.DatasetBuilder,
+    name: str,
+    manual_dir: pathlib.Path | None,
+    data_dir: pathlib.Path,
+) -> tfds.core.DatasetBuilder:
+    """Has TFDS make a data set."""
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
         wanted = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         raise InputError(f"data set {name!r} needs --manual_dir=DIR: {wanted}")
+    if manual_dir is not None:
+        imagenet.check_validation_archive(manual_dir)
     try:
         with only_one_process(data_dir):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
             )
-    except (OSError, AssertionError, ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (AssertionError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"data set {name!r} cannot be prepared: {error}") from error
     return builder
 
@@ -68,13 +106,20 @@ def describe(name: str, data_dir: pathlib.Path) -> str:
             f"{len(found.shard_lengths)} files, {size} bytes"
         )
         (encoded,), labels = source.fetch(np.array([0]))
-        image = tf.io.decode_image(encoded, expand_animations=False).numpy()
         right = np.flatnonzero(labels[0]).tolist() if source.several_labels else labels.tolist()
         lines.append(
-            f"{'':15} the first: {'×'.join(map(str, image.shape))} pixels of mean "
-            f"{image.mean():.1f}, label {', '.join(map(str, right)) or 'none'}"
+            f"{'':15} the first: {_look_of(encoded)}, label {', '.join(map(str, right)) or 'none'}"
         )
     return "\n".join(lines)
+
+
+def _look_of(encoded: bytes) -> str:
+    """Returns an image's size and mean in words."""
+    try:
+        image = tf.io.decode_image(encoded, expand_animations=False).numpy()
+    except tf.errors.OpError:
+        return f"{len(encoded)} bytes that cannot be decoded"
+    return f"{'×'.join(map(str, image.shape))} pixels of mean {image.mean():.1f}"
 
 
 def main() -> None:

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import FileFormat
 from tqdm import tqdm
 
 from spvit_jax.data.digits import Digits
+from spvit_jax.data.records import check_files
 from spvit_jax.errors import InputError, nearest
 
 _IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif"})
@@ -69,15 +71,9 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._builder = prepared_builder(name, data_dir)
-        features = self._builder.info.features
-        self.several_labels = "real_label" in features and "label" not in features
-        self._label = "real_label" if self.several_labels else "label"
-        if "image" not in features or self._label not in features:
-            raise InputError(
-                f"data set {name!r} has the features {', '.join(features)}; "
-                "expected 'image' and 'label' among them"
-            )
-        label = features[self._label]
+        self._label = label_feature(name, self._builder)
+        self.several_labels = self._label == "real_label"
+        label = self._builder.info.features[self._label]
         self.num_classes = (label.feature if self.several_labels else label).num_classes
         try:
             self._records: Any = self._builder.as_data_source(
@@ -85,9 +81,9 @@ class TfdsSource:
             )
         except NotImplementedError as error:
             raise InputError(
-                f"data set {name!r} in {data_dir} is not in ArrayRecord files, which can be read "
-                "in any order; convert it with tfds convert_format --out_file_format=array_record "
-                f"--dataset_dir={self._builder.data_dir} --out_path=NEW_DIR"
+                f"data set {name!r} in {data_dir} is in {self._builder.info.file_format.value} "
+                "files, which can only be read in order; add ArrayRecord files with "
+                f"python -m spvit_jax.data.prepare --dataset={name} --data_dir={data_dir}"
             ) from error
         except (ValueError, KeyError) as error:
             splits = ", ".join(self._builder.info.splits)
@@ -96,6 +92,8 @@ class TfdsSource:
             ) from error
         if not len(self._records):
             raise InputError(f"split {split!r} of data set {name!r} in {data_dir} is empty")
+        info = self._builder.info
+        check_files(info.splits[split].file_instructions, info.file_format)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -153,6 +151,7 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:
         builder = builder_of(name, data_dir)
         if not builder.is_prepared():
+            label_feature(name, builder)
             if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
                 raise InputError(
                     f"data set {name!r} is not in {data_dir}; make it of its archives with "
@@ -180,17 +179,51 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if name == Digits.name:
         return Digits(data_dir=data_dir, file_format="array_record")
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         hint = nearest(name, tfds.list_builders())
         raise InputError(f"unknown data set {name!r}{hint}") from error
+    array_record = FileFormat.ARRAY_RECORD.value
+    if array_record in builder.info.as_proto.alternative_file_formats:
+        builder.info.set_file_format(array_record, override=True, override_if_initialized=True)
+    return builder
+
+
+def label_feature(name: str, builder: tfds.core.DatasetBuilder) -> str:
+    """Returns which feature of a data set of images holds the labels.
+
+    Raises:
+      InputError: it is not one of images with labels.
+    """
+    found = builder.info.features
+    features = found if isinstance(found, tfds.features.FeaturesDict) else {}
+    label = "real_label" if "real_label" in features and "label" not in features else "label"
+    if "image" not in features or label not in features:
+        raise InputError(
+            f"data set {name!r} has the features {', '.join(sorted(features)) or found}; "
+            "expected 'image' and 'label' among them"
+        )
+    return label
 
 
 @contextlib.contextmanager
 def only_one_process(directory: pathlib.Path) -> Iterator[None]:
-    """Holds a lock in a directory, so that of several processes one prepares and the rest find."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    """Holds a lock in a directory, so that of several processes one prepares and the rest find.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"data cannot be prepared in {directory}: {error.strerror}; expected a folder that can "
+            "be written, or made"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -34,8 +34,14 @@ def add(archive, name, content):
     archive.addfile(member, io.BytesIO(content))
 
 
+def validation_names(numbers):
+    return [f"ILSVRC2012_val_{number:08}.JPEG" for number in numbers]
+
+
 def make(root, *, classes=CLASSES, per_class=8, validation=12, replaced=None):
     """Writes the two archives; `replaced` has the contents of some files instead of photographs.
+
+    `validation` is a number of images, the first ones of the list, or their names.
 
     A class's photographs are all of one scene, so that there is something to learn.
     """
@@ -53,9 +59,10 @@ def make(root, *, classes=CLASSES, per_class=8, validation=12, replaced=None):
                     scene = 2 * (place * per_class + number) + place % 2
                     add(inner, name, odd[name] if name in odd else photograph(scene))
             add(train, f"{wnid}.tar", buffer.getvalue())
+    if isinstance(validation, int):
+        validation = validation_names(range(1, validation + 1))
     with tarfile.open(root / ARCHIVES["validation"].file_name, "w") as archive:
-        for number in range(1, validation + 1):
-            name = f"ILSVRC2012_val_{number:08}.JPEG"
+        for number, name in enumerate(validation, start=1):
             add(archive, name, odd.get(name) or photograph(1000 + number))
     assert set(classes) <= set(names)
     return root

@@ -1,6 +1,7 @@
 """ImageNet's archives become TFDS's data set: complete, resumed, or refused with a reason."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
 from spvit_jax.data import datasets, imagenet, prepare
 from spvit_jax.data.tensorflow import tf
@@ -189,7 +191,7 @@ except InputError as error:
 
 def test_a_disk_with_too_little_room_is_noticed_before(manual_dir, tmp_path, monkeypatch):
     full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(InputError, match=r"its disk has 0\.0 left"):
         imagenet.prepare(manual_dir, tmp_path, partial=True)
 
@@ -222,6 +224,77 @@ def test_a_file_that_is_there_twice(tmp_path):
     archives.make(tmp_path, classes=("n01440764", "n01440764"))
     with pytest.raises(InputError, match=r"holds 'n01440764_0\.JPEG' 2 times"):
         imagenet.prepare(tmp_path, tmp_path, partial=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (archives.validation_names([*range(1, 5), *range(7, 15)]), "00000013"),  # a part
+        ([*archives.validation_names(range(1, 12)), "cat.JPEG"], "cat.JPEG"),  # another name
+        ([f"./{name}" for name in archives.validation_names(range(1, 13))], r"\./ILSVRC"),
+    ],
+)
+def test_validation_images_that_tfds_would_label_wrong(names, found, tmp_path, monkeypatch):
+    """It takes the labels of the first names of its list, in order, for the names that it finds."""
+    archives.make(tmp_path, classes=(), validation=names)
+    given = imagenet_common.get_validation_labels(tmp_path / "ILSVRC2012_img_val.tar")
+    right = imagenet.validation_labels()
+    assert any(label != right.get(name) for name, label in given.items())
+
+    words = rf"img_val\.tar holds '\S*{found}\S*'; expected files ILSVRC2012_val_00000001\.JPEG to "
+    with pytest.raises(InputError, match=words):
+        imagenet.prepare(tmp_path, tmp_path / "data", partial=True)
+    labels = real_labels(tmp_path)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: labels)
+    with pytest.raises(InputError, match=words):
+        prepare.prepare("imagenet2012_real", tmp_path, tmp_path / "data")
+
+
+def test_a_part_is_not_passed_for_the_whole(manual_dir, prepared, tmp_path, monkeypatch):
+    words = r"5\.1\.0 holds a part of ImageNet, 32 train images; expected 1281167: pass --partial"
+    for folder_of_archives in (manual_dir, None):
+        with pytest.raises(InputError, match=words):
+            prepare.prepare("imagenet2012", folder_of_archives, prepared)
+    prepare.prepare("imagenet2012", manual_dir, prepared, partial=True)
+
+    only_train = shutil.copytree(manual_dir, tmp_path / "archives")
+    (only_train / "ILSVRC2012_img_val.tar").unlink()
+    imagenet.prepare(only_train, tmp_path / "data", partial=True)
+    whole = dataclasses.replace(imagenet.ARCHIVES["train"], num_images=32)
+    monkeypatch.setitem(imagenet.ARCHIVES, "train", whole)
+    with pytest.raises(InputError, match=r"0 validation images; expected 50000"):
+        prepare.prepare("imagenet2012", None, tmp_path / "data")
+
+
+def test_what_is_missing_is_said_before_anything_is_read(manual_dir, tmp_path, monkeypatch):
+    """An archive that is not there, or a folder, or nowhere to write."""
+    monkeypatch.setattr(imagenet, "_contents", lambda *_: pytest.fail("an archive was read"))
+    root = shutil.copytree(manual_dir, tmp_path / "archives")
+    for split, archive in imagenet.ARCHIVES.items():
+        size = (root / archive.file_name).stat().st_size
+        whole = dataclasses.replace(archive, num_bytes=size)
+        monkeypatch.setitem(imagenet.ARCHIVES, split, whole)
+    (tmp_path / "file").write_text("")
+    for data_dir in (tmp_path / "file", tmp_path / "file" / "data", pathlib.Path("/proc/data")):
+        with pytest.raises(InputError, match=rf"cannot be prepared in {data_dir}: .*a folder that"):
+            prepare.prepare("imagenet2012", root, data_dir)
+    validation = root / "ILSVRC2012_img_val.tar"
+    validation.unlink()
+    with pytest.raises(InputError, match=r"img_val\.tar is not there; register"):
+        prepare.prepare("imagenet2012", root, tmp_path / "data")
+    validation.mkdir()
+    for partial in (False, True):
+        with pytest.raises(InputError, match=r"img_val\.tar is not a file"):
+            prepare.prepare("imagenet2012", root, tmp_path / "data", partial=partial)
+
+
+@pytest.mark.parametrize("name", [archives.CMYK, archives.PNG])
+def test_a_damaged_image_that_is_encoded_anew(name, tmp_path):
+    archives.make(tmp_path, replaced={name: b"not an image"})
+    words = rf"{name} in {tmp_path}/ILSVRC2012_img_train\.tar cannot be decoded"
+    with pytest.raises(InputError, match=words):
+        imagenet.prepare(tmp_path, tmp_path / "data", partial=True)
+    assert not list((tmp_path / "data").rglob("*.partial"))
 
 
 def test_a_wrong_number_of_classes_is_refused(manual_dir, tmp_path, monkeypatch):
@@ -262,6 +335,7 @@ def test_the_command_says_what_it_made(manual_dir, tmp_path):
         (["--dataset=imagenet2012"], "needs --manual_dir=DIR"),
         (["--dataset=imagenet2013"], "did you mean 'imagenet2012'"),
         (["--manual_dir=/nowhere"], "--manual_dir=/nowhere is not a folder"),
+        (["--dataset=imdb_reviews"], "'imdb_reviews' has the features label, text; expected"),
     ],
 )
 def test_the_command_started_wrong(args, words, tmp_path):
