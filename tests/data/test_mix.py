@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import beta, ks_2samp, kstest
 
-from spvit_jax.data.mix import BatchTransform, erase, mix, normalize
+from spvit_jax.data.mix import BatchTransform, erase, mix, mix_tokens, normalize
 from spvit_jax.data.randaugment import RandAugment
+from tests.yardstick import cutmix_bbox_and_lam
 
 
 def batch(size=6):
@@ -122,3 +124,51 @@ def test_the_whole_transform_is_its_parts_in_order():
     expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0)
     for ours, theirs in zip(policy(images, jnp.eye(6), key), (*expected, moves), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def shares_kept(**settings):
+    """The share that an image keeps of itself, in 3,000 batches of two."""
+    transform = BatchTransform((0.5,) * 3, (0.5,) * 3, **settings)
+    images = jnp.zeros((2, 14, 14, 3), jnp.uint8)
+
+    @jax.jit
+    @jax.vmap
+    def share(key):
+        return transform(images, jnp.eye(2), key)[1][0, 0]
+
+    return np.asarray(share(jax.random.split(jax.random.key(0), 3000)))
+
+
+def boxes_as_timms(kept, alpha):
+    """Whether CutMix leaves such shares of 14×14 pixels, to the pixel."""
+    np.random.seed(0)  # noqa: NPY002 (timm's)
+    drawn = np.random.default_rng(0).beta(alpha, alpha, 3000)
+    theirs = [cutmix_bbox_and_lam((1, 3, 14, 14), lam)[1] for lam in drawn]
+    return ks_2samp(*(np.rint(14 * 14 * np.asarray(x)) for x in (kept, theirs))).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
+def test_mixups_share_has_the_beta_distribution(alpha):
+    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_cutmixs_share_is_distributed_as_timms(alpha):
+    assert boxes_as_timms(shares_kept(cutmix=alpha), alpha)
+
+
+def test_mix_tokens_share_is_distributed_as_timms():
+    """λ is uniform (LV-ViT), and each group has its own."""
+    _, boxes = jax.jit(lambda patches: mix_tokens(patches, jax.random.key(0), 1))(
+        jnp.zeros((3000, 14, 14, 1))
+    )
+    assert boxes_as_timms(1 - np.asarray(boxes).mean((1, 2)), 1.0)
+
+
+def test_erasing_draws_each_pixel_and_channel():
+    images = jnp.full((50, 64, 64, 3), 9.0)
+    erased = np.asarray(erase(images, jax.random.split(jax.random.key(0), 50), 1.0))
+    for image in erased:
+        noise = image[(image != 9).all(-1)]
+        assert noise.std(0) == pytest.approx(1, abs=0.3)
+        assert abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.5
