@@ -35,7 +35,7 @@ def tree(tmp_path):
         "def double(x):\n    return 2 * x\n\n\ndef triple(x):\n    return 3 * x\n"
     )
     (tmp_path / "tests" / "test_functions.py").write_text(
-        "from spvit_jax.functions import double\n\n\ndef test_double():\n    assert double(2) > 3\n"
+        "from spvit_jax.functions import double\n\n\ndef test_it():\n    assert double(2) == 4\n"
     )
     return tmp_path
 
@@ -49,7 +49,7 @@ def test_what_no_test_sees_survives_and_the_tree_is_left_alone(tree, capsys):
     seen, unseen = mutant("2 * x", "3 * x"), mutant("3 * x", "4 * x")
     assert mutants.survivors([seen, unseen], tree) == [unseen]
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("killed by tests/test_functions.py::test_double")
+    assert first.endswith("killed by tests/test_functions.py::test_it")
     assert second.endswith("SURVIVED")
     assert {path: path.read_text() for path in tree.rglob("*") if path.is_file()} == files
 
@@ -69,7 +69,7 @@ def test_a_mutant_that_cannot_be_judged_is_neither_killed_nor_alive(tree, mistak
 
 def test_tests_that_fail_anyway_prove_nothing(tree):
     (tree / "spvit_jax" / "functions.py").write_text("def double(x):\n    return 2 * x - 2\n")
-    with pytest.raises(RuntimeError, match="test_double fails without any mistake"):
+    with pytest.raises(RuntimeError, match="test_it fails without any mistake"):
         mutants.survivors([mutant("2 * x", "3 * x")], tree)
 
 

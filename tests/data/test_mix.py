@@ -126,43 +126,45 @@ def test_the_whole_transform_is_its_parts_in_order():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+SIDE, COUNT = 112, 1000  # pixels and draws of what follows
+
+
 def shares_kept(**settings):
-    """The share that an image keeps of itself, in 3,000 batches of two."""
+    """The share that an image keeps of itself, in batches of two."""
     transform = BatchTransform((0.5,) * 3, (0.5,) * 3, **settings)
-    images = jnp.zeros((2, 14, 14, 3), jnp.uint8)
+    images = jnp.zeros((2, SIDE, SIDE, 3), jnp.uint8)
 
     @jax.jit
     @jax.vmap
     def share(key):
         return transform(images, jnp.eye(2), key)[1][0, 0]
 
-    return np.asarray(share(jax.random.split(jax.random.key(0), 3000)))
+    return np.asarray(share(jax.random.split(jax.random.key(0), COUNT)))
 
 
-def boxes_as_timms(kept, alpha):
-    """Whether CutMix leaves such shares of 14×14 pixels, to the pixel."""
+def timms_shares(alpha):
+    """Those that timm's CutMix leaves; a box's side is even in its early versions and here."""
     np.random.seed(0)  # noqa: NPY002 (timm's)
-    drawn = np.random.default_rng(0).beta(alpha, alpha, 3000)
-    theirs = [cutmix_bbox_and_lam((1, 3, 14, 14), lam)[1] for lam in drawn]
-    return ks_2samp(*(np.rint(14 * 14 * np.asarray(x)) for x in (kept, theirs))).pvalue > 1e-3
+    drawn = np.random.default_rng(0).beta(alpha, alpha, COUNT)
+    return [cutmix_bbox_and_lam((1, 3, SIDE, SIDE), lam)[1] for lam in drawn]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
 def test_mixups_share_has_the_beta_distribution(alpha):
-    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-3
+    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-2
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_cutmixs_share_is_distributed_as_timms(alpha):
-    assert boxes_as_timms(shares_kept(cutmix=alpha), alpha)
+    assert ks_2samp(shares_kept(cutmix=alpha), timms_shares(alpha)).pvalue > 1e-2
 
 
 def test_mix_tokens_share_is_distributed_as_timms():
     """λ is uniform (LV-ViT), and each group has its own."""
-    _, boxes = jax.jit(lambda patches: mix_tokens(patches, jax.random.key(0), 1))(
-        jnp.zeros((3000, 14, 14, 1))
-    )
-    assert boxes_as_timms(1 - np.asarray(boxes).mean((1, 2)), 1.0)
+    patches = jnp.zeros((COUNT, SIDE, SIDE, 1))
+    boxes = jax.jit(lambda patches: mix_tokens(patches, jax.random.key(0), 1)[1])(patches)
+    kept = 1 - np.asarray(boxes).mean((1, 2))
+    assert ks_2samp(kept, timms_shares(1.0)).pvalue > 1e-2
 
 
 def test_erasing_draws_each_pixel_and_channel():
