@@ -360,7 +360,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "data/mix.py",
         "jax.random.normal(keys[5], image.shape)",
         "jax.random.normal(keys[5], (3,))",
-        "data/test_mix.py::test_erasing_draws_each_pixel_and_channel",
+        "data/test_mix.py::test_erasing_fills_a_box_of_timms_sizes_with_noise",
     ),
     Mutant(
         "RandAugment's magnitude is always a little larger",
