@@ -151,12 +151,12 @@ def timms_shares(alpha):
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
 def test_mixups_share_has_the_beta_distribution(alpha):
-    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-2
+    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_cutmixs_share_is_distributed_as_timms(alpha):
-    assert ks_2samp(shares_kept(cutmix=alpha), timms_shares(alpha)).pvalue > 1e-2
+    assert ks_2samp(shares_kept(cutmix=alpha), timms_shares(alpha)).pvalue > 1e-3
 
 
 def test_mix_tokens_share_is_distributed_as_timms():
@@ -164,4 +164,4 @@ def test_mix_tokens_share_is_distributed_as_timms():
     patches = jnp.zeros((COUNT, SIDE, SIDE, 1))
     boxes = jax.jit(lambda patches: mix_tokens(patches, jax.random.key(0), 1)[1])(patches)
     kept = 1 - np.asarray(boxes).mean((1, 2))
-    assert ks_2samp(kept, timms_shares(1.0)).pvalue > 1e-2
+    assert ks_2samp(kept, timms_shares(1.0)).pvalue > 1e-3
