@@ -9,5 +9,6 @@ for _schema in ("nms", "qnms"):
 
 import timm  # noqa: E402
 from timm.data import auto_augment  # noqa: E402
+from timm.data.mixup import cutmix_bbox_and_lam  # noqa: E402
 
-__all__ = ["auto_augment", "timm"]
+__all__ = ["auto_augment", "cutmix_bbox_and_lam", "timm"]

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import chisquare
 from sklearn.datasets import load_sample_image
 
 from spvit_jax.data.augment import EvalTransform, TrainTransform, random_crop_box
@@ -177,3 +178,10 @@ def test_random_interpolation_is_one_or_the_other():
         assert len(same) == 1
         chosen += same
     assert 8 < chosen.count("bicubic") < 32
+
+
+def test_a_crop_lies_anywhere_with_the_same_probability():
+    """4×4 of 6×6 pixels: nine places, the borders among them."""
+    top, left, h, w = draw_boxes((6, 6), (16 / 36, 16 / 36), (1, 1), count=900).T
+    assert set(h) == set(w) == {4}
+    assert chisquare(np.bincount(3 * top + left, minlength=9)).pvalue > 1e-3

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import beta, ks_2samp, kstest
 
-from spvit_jax.data.mix import BatchTransform, erase, mix, normalize
+from spvit_jax.data.mix import BatchTransform, erase, mix, mix_tokens, normalize
 from spvit_jax.data.randaugment import RandAugment
+from tests.yardstick import cutmix_bbox_and_lam
 
 
 def batch(size=6):
@@ -122,3 +124,44 @@ def test_the_whole_transform_is_its_parts_in_order():
     expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0)
     for ours, theirs in zip(policy(images, jnp.eye(6), key), (*expected, moves), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+SIDE, COUNT = 112, 1000  # pixels and draws of what follows
+
+
+def shares_kept(**settings):
+    """The share that an image keeps of itself, in batches of two."""
+    transform = BatchTransform((0.5,) * 3, (0.5,) * 3, **settings)
+    images = jnp.zeros((2, SIDE, SIDE, 3), jnp.uint8)
+
+    @jax.jit
+    @jax.vmap
+    def share(key):
+        return transform(images, jnp.eye(2), key)[1][0, 0]
+
+    return np.asarray(share(jax.random.split(jax.random.key(0), COUNT)))
+
+
+def timms_shares(alpha):
+    """Those that timm's CutMix leaves; a box's side is even in its early versions and here."""
+    np.random.seed(0)  # noqa: NPY002 (timm's)
+    drawn = np.random.default_rng(0).beta(alpha, alpha, COUNT)
+    return [cutmix_bbox_and_lam((1, 3, SIDE, SIDE), lam)[1] for lam in drawn]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
+def test_mixups_share_has_the_beta_distribution(alpha):
+    assert kstest(shares_kept(mixup=alpha), beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_cutmixs_share_is_distributed_as_timms(alpha):
+    assert ks_2samp(shares_kept(cutmix=alpha), timms_shares(alpha)).pvalue > 1e-3
+
+
+def test_mix_tokens_share_is_distributed_as_timms():
+    """λ is uniform (LV-ViT), and each group has its own."""
+    patches = jnp.zeros((COUNT, SIDE, SIDE, 1))
+    boxes = jax.jit(lambda patches: mix_tokens(patches, jax.random.key(0), 1)[1])(patches)
+    kept = 1 - np.asarray(boxes).mean((1, 2))
+    assert ks_2samp(kept, timms_shares(1.0)).pvalue > 1e-3

@@ -309,3 +309,26 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
         area = (y1 - y0) * (x1 - x0)
         assert ((area > 0.35) & (area <= 1)).all()
         assert 0 < batch["flip"].mean() < 1
+
+
+@pytest.mark.parametrize("name", ["TranslateXRel", "Rotate"])
+def test_labels_are_flipped_before_they_are_moved(name):
+    """As the pixels are: the host flips, and the device moves what it gets."""
+    size, grid = 112, (14, 14)
+    y, x = places(size)
+    flipped = jnp.asarray(np.stack([200 * x, 200 * y, 0 * x], -1)[:, ::-1], jnp.float32)
+    warped, matrix = randaugment.apply(
+        flipped,
+        randaugment.OPERATIONS.index(name),
+        jnp.float32(0.6),
+        jnp.float32(1.0),
+        jnp.full(3, 255.0),
+        bicubic=jnp.array(False),
+    )
+    cells = np.asarray(warped).reshape(14, 8, 14, 8, 3).mean((1, 3))
+    inside = (np.asarray(warped)[..., 2] == 0).reshape(14, 8, 14, 8).all((1, 3))
+    assert inside.mean() > 0.4
+    scale = jnp.array([size, size, 1])
+    moves = (matrix * scale / scale[:, None])[None]
+    found = aligned_coordinates(coordinate_map(), (0.0, 0.0, 1.0, 1.0), True, grid, moves)
+    np.testing.assert_allclose(found[inside], cells[inside, :2] / 200, atol=0.04)

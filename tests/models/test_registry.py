@@ -21,6 +21,7 @@ from spvit_jax.models import (
 )
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.initializers import CountedRngs
+from tests.yardstick import timm
 
 # Model: parameters and GMACs at 224, the same at 384 (where they are known).
 COUNTS = {
@@ -229,3 +230,27 @@ print(jax.jit(logits)(jnp.zeros((1, 32, 32, 3))).shape)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "(1, 1000)\n", result.stderr
+
+
+def test_layer_scale_of_each_cait_is_timms():
+    for name in list_models("cait_*"):
+        (theirs,) = timm.list_models(f"{name}_*")[:1]
+        block = timm.create_model(theirs, depth=1, embed_dim=48, num_classes=1).blocks[0]
+        assert model_config(name).layer_scale == pytest.approx(block.gamma_1[0].item())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "skip_lam", "drop_path"),
+    [
+        ("*vit_s", 2, 0.1),
+        ("*vit_m", 2, 0.2),
+        ("*vit_l", 3, 0.3),
+        ("lvvit_t", 1, 0.1),
+    ],
+)
+def test_branches_of_lvvit_and_spvit_are_scaled_and_dropped_as_their_authors_do(
+    pattern, skip_lam, drop_path
+):
+    for name in list_models(pattern):
+        config = model_config(name)
+        assert (config.skip_lam, config.drop_path) == (skip_lam, drop_path)

@@ -299,3 +299,74 @@ def test_label_maps_become_the_targets():
     maps[:, 1] = (maps[:, 1] + 1) % 10
     changed = jitted(recipe)(state, with_maps, ROOT)
     assert float(changed.metrics["loss"][0]) != pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_teacher_sees_what_its_student_sees():
+    """The augmented images, for which it says something else than for those of the host."""
+    transform = dataclasses.replace(TRANSFORM, color_jitter=0.9, erase=1.0)
+    recipe = dataclasses.replace(RECIPE, transform=transform)
+    student = make_state("deit_ti", distilled=True)
+    teacher = random_variables("deit_ti", **SMALL, depth=1, num_classes=10, seed=5)
+    batch = make_batch()
+    state = jitted(recipe)(student, batch, ROOT, teacher)
+
+    @jax.jit
+    def expected(student, teacher):
+        labels = smooth_labels(jnp.asarray(batch["label"]), 10, 0.1)
+        key = step.key_for(ROOT, "mix", student.step)
+        images, labels, _ = transform(jnp.asarray(batch["image"]), labels, key)
+        said = hard_labels(teacher.model()(images))
+        of_the_host = hard_labels(teacher.model()(transform.normalize(batch["image"])))
+        outputs = student.model.model(train=True).outputs(images)
+        return classification_loss(outputs, Targets(labels, said), 1), (said != of_the_host).any(1)
+
+    loss, differs = expected(student, teacher)
+    assert differs.any()
+    total, count = state.metrics["loss"]
+    assert float(total / count) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_top5_counts_the_labels_up_to_the_fifth():
+    """Of 16 labels, each at a known place among the logits: 0 to 9, then 0 to 5."""
+    variables = make_state().model
+    batch = make_batch() | {"mask": np.ones(16, np.float32)}
+    images = RECIPE.transform.normalize(jnp.asarray(batch["image"]))
+    logits = jax.jit(lambda v: v.model().outputs(images).evaluation_logits())(variables)
+    places = np.arange(16) % 10
+    batch["label"] = np.argsort(-logits, axis=1)[np.arange(16), places].astype(np.int32)
+    metrics = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))(variables, batch)
+    assert (metrics["top1"][0], metrics["top5"][0]) == (2, 10)
+
+
+def test_the_average_is_evaluated():
+    """After a step with a decay of 0.9 it has gone a tenth of the way."""
+    before = make_state()
+    after = run(before, steps=1)
+    name = "params/head/kernel"
+    old, new, best = (named_leaves(v)[name] for v in (before.model, after.model, after.best_model))
+    assert abs(new - old).max() > 1e-3
+    np.testing.assert_allclose(best - old, 0.1 * (new - old), rtol=1e-3, atol=1e-6)
+    alone = state_lib.create(after.model.model(), SGD, ema=False)
+    np.testing.assert_array_equal(named_leaves(alone.best_model)[name], new)
+
+
+def test_micro_batches_of_the_same_images_lose_different_branches():
+    def loss_of(parts, **changes):
+        state = make_state("mait_t", **changes)
+        recipe = dataclasses.replace(RECIPE, accumulate=parts)
+        # Micro-batches take the examples in turn.
+        batch = {name: np.repeat(array, parts, 0) for name, array in make_batch(8).items()}
+        total, count = jitted(recipe)(state, batch, ROOT).metrics["loss"]
+        assert count == 8 * parts
+        return float(total / count)
+
+    assert loss_of(1, drop_path=0.0) == pytest.approx(loss_of(2, drop_path=0.0), rel=1e-5)
+    assert loss_of(1, drop_path=0.5) != pytest.approx(loss_of(2, drop_path=0.5), rel=1e-3)
+
+
+def test_the_reported_gradient_is_what_sgd_takes():
+    before = make_state()
+    after = run(before, steps=1)
+    moved = jax.tree.map(lambda old, new: (old - new) / 0.05, before.model, after.model).params
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
+    assert float(after.metrics["grad_norm"][0]) == pytest.approx(float(norm), rel=1e-3)

@@ -1,0 +1,390 @@
+"""Deliberate mistakes in the package, each with the test that must fail for it.
+
+`python -m benchmarks.mutants` makes them in a copy of the tree; `test_mutants.py` sees to it that
+each can still be made.
+"""
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """The package with one mistake in it.
+
+    Attributes:
+      mistake: what is wrong, in a few words.
+      file: that has it, under `spvit_jax`.
+      old: text that the file holds exactly once.
+      new: what replaces it.
+      test: that must fail then, as pytest takes it, under `tests`.
+    """
+
+    mistake: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.mistake}"
+
+    def source(self, root: pathlib.Path) -> str:
+        """Returns the file's text with the mistake, from a tree at `root` that has none.
+
+        Raises:
+          ValueError: the old text is not there exactly once.
+        """
+        text = (root / "spvit_jax" / self.file).read_text()
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(
+                f"{self}: expected {self.old!r} once in the file, found it {count} times"
+            )
+        return text.replace(self.old, self.new)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # The models.
+    Mutant(
+        "BatchNorm's momentum is 0.99",
+        "models/layers.py",
+        "momentum=0.9,",
+        "momentum=0.99,",
+        "models/test_layers.py::test_batch_norm_is_torchs",
+    ),
+    Mutant(
+        "one drop path key for both branches",
+        "models/block.py",
+        "jax.random.split(key)",
+        "(key, key)",
+        "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
+    ),
+    Mutant(
+        "one drop path key for all layers",
+        "models/base.py",
+        "jax.random.fold_in(key, layer)",
+        "key",
+        "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
+    ),
+    Mutant(
+        "drop path is constant over ViT's depth",
+        "models/base.py",
+        "self.drop_path * layer / max(depth - 1, 1)",
+        "self.drop_path",
+        "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
+    ),
+    Mutant(
+        "drop path grows with CaiT's depth",
+        "models/cait.py",
+        "[self.drop_path] * self.depth",
+        "super().drop_path_per_layer()",
+        "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
+    ),
+    Mutant(
+        "linear layers start ten times as large",
+        "models/initializers.py",
+        "linear_kernel = nnx.initializers.normal(0.02)",
+        "linear_kernel = nnx.initializers.normal(0.2)",
+        "models/test_initializers.py::test_fresh_weights_are_distributed_as_timms",
+    ),
+    Mutant(
+        "convolutions start with three times the variance",
+        "models/initializers.py",
+        "variance_scaling(1 / 3,",
+        "variance_scaling(1,",
+        "models/test_initializers.py::test_fresh_convolutions_are_distributed_as_torchs",
+    ),
+    Mutant(
+        "one residual branch of LV-ViT is not divided by skip_lam",
+        "models/block.py",
+        "self.scale2, keys[1], drop_path)",
+        "self.scale2, keys[1], drop_path) * self.skip_lam",
+        "models/test_vit.py::test_logits_equal_the_reference",
+    ),
+    Mutant(
+        "GELU by tanh",
+        "models/layers.py",
+        "approximate=False",
+        "approximate=True",
+        "models/test_vit.py::test_logits_equal_the_reference",
+    ),
+    Mutant(
+        "a mask's radius in rows is also that in columns",
+        "models/spatial.py",
+        "<= self.radius[1]",
+        "<= self.radius[0]",
+        "models/test_spatial.py::test_neighbourhood_equals_its_definition",
+    ),
+    Mutant(
+        "the class token enters a layer early",
+        "models/vit.py",
+        "return {self.config.late: self._prepend_prefix}",
+        "return {self.config.late - 1: self._prepend_prefix}",
+        "models/test_vit.py::test_logits_equal_the_reference",
+    ),
+    Mutant(
+        "LayerNorm's epsilon is 1e-5 unless said",
+        "models/base.py",
+        "norm_eps: float = 1e-6",
+        "norm_eps: float = 1e-5",
+        "interop/test_parity.py::test_small_models_in_float64",
+    ),
+    Mutant(
+        "SP-ViT-L has the skip_lam of SP-ViT-S",
+        "models/__init__.py",
+        "skip_lam=3.0, spatial_layers=22",
+        "skip_lam=2.0, spatial_layers=22",
+        "models/test_registry.py::test_branches_of_lvvit_and_spvit_are_scaled_and_dropped_as_their_authors_do",
+    ),
+    Mutant(
+        "CaiT-S36 has the LayerScale of CaiT-S24",
+        "models/__init__.py",
+        "_cait(384, 8, 36, 0.2, layer_scale=1e-6)",
+        "_cait(384, 8, 36, 0.2)",
+        "models/test_registry.py::test_layer_scale_of_each_cait_is_timms",
+    ),
+    # Weights of others.
+    Mutant(
+        "matrices are not transposed",
+        "interop/layouts.py",
+        "MATRIX = Layout(lambda arrays, shape: arrays[0].T, lambda array: (array.T,))",
+        "MATRIX = Layout(\n"
+        "    lambda arrays, shape: arrays[0].reshape(shape),\n"
+        "    lambda array: (array.reshape(array.shape[::-1]),),\n"
+        ")",
+        "interop/test_parity.py::test_small_models_in_float64",
+    ),
+    Mutant(
+        "queries, keys and values of each head lie together",
+        "models/attention.py",
+        "3, self.num_heads, -1)",
+        "self.num_heads, 3, -1).swapaxes(-3, -2)",
+        "interop/test_parity.py::test_small_models_in_float64",
+    ),
+    Mutant(
+        "Swin's offsets run from key to query",
+        "interop/layouts.py",
+        "arrays[0].T.reshape(shape)[:, ::-1, ::-1]",
+        "arrays[0].T.reshape(shape)",
+        "interop/test_parity.py::test_small_models_in_float64[swin]",
+    ),
+    Mutant(
+        "positions are resized by jax.image's cubic",
+        "models/resize.py",
+        "_A = -0.75",
+        "_A = -0.5",
+        "interop/test_resize.py::test_positions_are_resized_as_torch_does",
+    ),
+    # The step.
+    Mutant(
+        "a teacher sees images without augmentation",
+        "training/step.py",
+        "teacher.model().outputs(images)",
+        'teacher.model().outputs(recipe.transform.normalize(batch["image"]))',
+        "training/test_step.py::test_a_teacher_sees_what_its_student_sees",
+    ),
+    Mutant(
+        "top-5 is of four",
+        "training/step.py",
+        "min(5, logits.shape[-1])",
+        "min(4, logits.shape[-1])",
+        "training/test_step.py::test_top5_counts_the_labels_up_to_the_fifth",
+    ),
+    Mutant(
+        "the average leaves BatchNorm's statistics out",
+        "training/step.py",
+        "state.ema and optax.incremental_update(model, state.ema, 1 - recipe.ema)",
+        "optax.incremental_update(model, state.ema, 1 - recipe.ema).replace(stats=stats)",
+        "training/test_step.py::test_average_covers_parameters_and_batchnorm_statistics",
+    ),
+    Mutant(
+        "the average is not what is evaluated",
+        "training/state.py",
+        "self.model if self.ema is None else self.ema",
+        "self.model",
+        "training/test_step.py::test_the_average_is_evaluated",
+    ),
+    Mutant(
+        "gradients of micro-batches are added, not averaged",
+        "training/step.py",
+        "lambda grad: grad / parts",
+        "lambda grad: grad",
+        "training/test_step.py::test_accumulation_is_the_whole_batch",
+    ),
+    Mutant(
+        "micro-batches share their random key",
+        "training/step.py",
+        "jax.random.fold_in(key, index)",
+        "key",
+        "training/test_step.py::test_micro_batches_of_the_same_images_lose_different_branches",
+    ),
+    Mutant(
+        "the reported loss is the sum over micro-batches",
+        "training/step.py",
+        "loss / parts * count",
+        "loss * count",
+        "training/test_step.py::test_accumulation_is_the_whole_batch",
+    ),
+    Mutant(
+        "the reported gradient is the optimizer's update",
+        "training/step.py",
+        "optax.tree.norm(grads)",
+        "optax.tree.norm(updates)",
+        "training/test_step.py::test_the_reported_gradient_is_what_sgd_takes",
+    ),
+    Mutant(
+        "evaluation divides by what fills up the last batch too",
+        "training/step.py",
+        "count = mask.sum()",
+        "count = jnp.float32(len(mask))",
+        "training/test_step.py::test_eval_step_counts_by_the_mask",
+    ),
+    Mutant(
+        "smoothing spreads over the other classes",
+        "training/losses.py",
+        "num_classes), smoothing)",
+        "num_classes), smoothing * num_classes / (num_classes - 1))",
+        "training/test_step.py::test_loss_of_each_head",
+    ),
+    # The optimizer.
+    Mutant(
+        "the cosine ends at 0",
+        "training/optimizer.py",
+        "alpha=optim.min_lr / optim.lr",
+        "alpha=0.0",
+        "training/test_optimizer.py::test_schedule",
+    ),
+    Mutant(
+        "the cosine runs into the cooldown",
+        "training/optimizer.py",
+        " - schedule.cooldown",
+        "",
+        "training/test_optimizer.py::test_schedule",
+    ),
+    Mutant(
+        "position embeddings decay",
+        "training/optimizer.py",
+        '(pos_embed|cls_token|dist_token)$", False',
+        '(pos_embed|cls_token|dist_token)$", True',
+        "training/test_optimizer.py::test_what_decays",
+    ),
+    Mutant(
+        "the update is clipped, not the gradient",
+        "training/optimizer.py",
+        "parts.insert(0, ",
+        "parts.append(",
+        "training/test_optimizer.py::test_adamw_is_torchs",
+    ),
+    Mutant(
+        "the last block has the rate of the head",
+        "training/optimizer.py",
+        'top = blocks + _count(params, "class_blocks") + 1',
+        'top = blocks + _count(params, "class_blocks")',
+        "training/test_optimizer.py::test_layers_have_rates_that_decay_downwards",
+    ),
+    # The host's side of the data.
+    Mutant(
+        "the shuffle is a rotation",
+        "data/pipeline.py",
+        "    return tf.raw_ops.RandomIndexShuffle(",
+        "    return (position + tf.cast(words[:, 0], tf.int64)) % total\n"
+        "    return tf.raw_ops.RandomIndexShuffle(",
+        "data/test_pipeline.py::test_images_that_shared_a_batch_meet_again_as_often_as_by_chance",
+    ),
+    Mutant(
+        "repeats are augmented alike",
+        "data/pipeline.py",
+        "tf.stack([tf.constant(seed, tf.int64), ordinal])",
+        "tf.stack([tf.constant(seed, tf.int64), ordinal // repeats])",
+        "data/test_pipeline.py::test_repeats_follow_each_other_augmented_anew",
+    ),
+    Mutant(
+        "an image that fills up the last batch is counted",
+        "data/pipeline.py",
+        "(ordinal < total)",
+        "(ordinal <= total)",
+        "data/test_pipeline.py::test_evaluation_counts_each_example_once",
+    ),
+    Mutant(
+        "processes take turns in a batch",
+        "data/pipeline.py",
+        "np.arange(batch_size).reshape(self.count, -1)",
+        "np.arange(batch_size).reshape(-1, self.count).T",
+        "data/test_pipeline.py::test_processes_together_read_the_global_batch",
+    ),
+    Mutant(
+        "a crop's ratio is uniform, not its logarithm",
+        "data/augment.py",
+        "tf.exp(tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[1], *tf.unstack(log_ratio)))",
+        "tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[1], *ratio)",
+        "data/test_augment.py::test_crop_boxes_are_inside_and_spread_as_asked",
+    ),
+    Mutant(
+        "a crop never touches the lower border",
+        "data/augment.py",
+        "seeds[2]) * (spare_h + 1)",
+        "seeds[2]) * spare_h",
+        "data/test_augment.py::test_a_crop_lies_anywhere_with_the_same_probability",
+    ),
+    Mutant(
+        "the probability of a flip is that of none",
+        "data/augment.py",
+        "flip_seed) < self.flip",
+        "flip_seed) > self.flip",
+        "data/test_augment.py::test_flip_happens_with_its_probability",
+    ),
+    # The device's side of the data.
+    Mutant(
+        "MixUp's λ is uniform",
+        "data/mix.py",
+        "jax.random.beta(keys[2], mixup, mixup)",
+        "jax.random.uniform(keys[2])",
+        "data/test_mix.py::test_mixups_share_has_the_beta_distribution",
+    ),
+    Mutant(
+        "CutMix's side is the share of its area",
+        "data/mix.py",
+        "side = jnp.sqrt(1 - keep)",
+        "side = 1 - keep",
+        "data/test_mix.py::test_cutmixs_share_is_distributed_as_timms",
+    ),
+    Mutant(
+        "MixToken's λ is 0.5",
+        "data/mix.py",
+        "jax.random.uniform(share_key, (groups,))",
+        "jnp.full((groups,), 0.5)",
+        "data/test_mix.py::test_mix_tokens_share_is_distributed_as_timms",
+    ),
+    Mutant(
+        "erasing fills a box with one colour",
+        "data/mix.py",
+        "jax.random.normal(keys[5], image.shape)",
+        "jax.random.normal(keys[5], (3,))",
+        "data/test_mix.py::test_erasing_fills_a_box_of_timms_sizes_with_noise",
+    ),
+    Mutant(
+        "RandAugment's magnitude is always a little larger",
+        "data/randaugment.py",
+        "self.std * jax.random.normal(keys[2])",
+        "self.std",
+        "data/test_randaugment.py::test_draws_are_distributed_as_timms",
+    ),
+    Mutant(
+        "RandAugment turns and moves one way only",
+        "data/randaugment.py",
+        "jax.random.rademacher(keys[3], (), jnp.float32)",
+        "jnp.float32(1)",
+        "data/test_randaugment.py::test_draws_are_distributed_as_timms",
+    ),
+    Mutant(
+        "a label map is moved before it is flipped",
+        "data/token_labels/align.py",
+        "    tokens = jnp.where(flips[:, None, None, None], tokens[:, :, ::-1], tokens)\n"
+        "    if moves is not None:\n"
+        "        tokens = jax.vmap(_move)(tokens, moves)\n",
+        "    if moves is not None:\n"
+        "        tokens = jax.vmap(_move)(tokens, moves)\n"
+        "    tokens = jnp.where(flips[:, None, None, None], tokens[:, :, ::-1], tokens)\n",
+        "data/test_token_labels.py::test_labels_are_flipped_before_they_are_moved",
+    ),
+)
