@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
 from spvit_jax import logs
-from spvit_jax.errors import InputError, exit_code, nearest
+from spvit_jax.errors import InputError, WriteError, exit_code, nearest
 from spvit_jax.training import cluster
 
 T = TypeVar("T")
@@ -35,6 +35,9 @@ def run(main: Callable[[], object]) -> None:
             code = exit_code(error)
             if code is None:
                 raise
+            if isinstance(error, WriteError):
+                # Coroutines that orbax leaves behind would end in pages of their own at exit.
+                sys.unraisablehook = lambda _: None
             fail(error, code)
 
     # Orbax warns of its own defaults at every turn, and writes pages of what it then raises.
