@@ -60,7 +60,7 @@ def test_warnings_are_on_the_standard_error(environment, photographs, weights, t
     evaluated = run(environment, "evaluate", *settings, f"--checkpoint={weights}")
     trained = "was trained with skip_lam 1.0, and 2.0 is asked for"
     assert evaluated.stderr.count(trained) == 1
-    assert evaluated.stderr.count("unreadable      test0.png") == 1
+    assert "unreadable      test0.png" in evaluated.stderr
 
     workdir = tmp_path / "run"
     result = run(
@@ -74,8 +74,10 @@ def test_warnings_are_on_the_standard_error(environment, photographs, weights, t
         "--config.schedule.warmup=0 steps",
     )
     log = (workdir / "train.log").read_text()
-    for words in (trained, "unreadable      train0.png", "unreadable      test0.png"):
-        assert result.stderr.count(words) == log.count(words) == 1
+    assert result.stderr.count(trained) == log.count(trained) == 1
+    for words in ("unreadable      train0.png", "unreadable      test0.png"):
+        assert words in result.stderr
+        assert words in log
 
 
 def test_a_full_disk_is_one_line(environment, tmp_path):
