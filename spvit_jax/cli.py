@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
-from spvit_jax.errors import InputError, nearest
+from spvit_jax import logs
+from spvit_jax.errors import InputError, WriteError, exit_code, nearest
 from spvit_jax.training import cluster
 
 T = TypeVar("T")
@@ -22,44 +24,96 @@ STOPPED_EARLY = os.EX_TEMPFAIL  # 75: all is saved; start the same command again
 
 
 def run(main: Callable[[], object]) -> None:
-    """Parses the flags and runs a command; an `InputError` is one line and exit code 2."""
+    """Parses the flags and runs a command; an error that is no bug is one line on the screen."""
 
     def guarded(argv: list[str]) -> None:
         try:
             if argv[1:]:
                 raise InputError(f"unexpected argument {argv[1]!r}; flags are --name=value")
             main()
-        except InputError as error:
-            fail(error)
-        except FloatingPointError as error:
-            fail(error, code=1)
+        except Exception as error:
+            code = exit_code(error)
+            if code is None:
+                raise
+            if isinstance(error, WriteError):
+                # Coroutines that orbax leaves behind would end in pages of their own at exit.
+                sys.unraisablehook = lambda _: None
+            fail(error, code)
 
-    # Orbax warns of its own defaults at every turn; what goes wrong it raises.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax warns of its own defaults at every turn, and writes pages of what it then raises.
+    logging.set_verbosity(logging.FATAL)
+    logs.start()
     app.run(guarded, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
+    path = _config_file(argv)
     try:
-        _check_config_flags(argv)
-        return flags.FLAGS(argv)
-    except (flags.Error, InputError) as error:
-        # ml_collections wraps what a config raised in a traceback; its last line is the message.
-        fail(str(error).strip().rpartition("InputError: ")[2])
+        _check_config_flags(argv, path)
+        rest = flags.FLAGS(argv)
+        if path is not None:
+            _check_fields(flags.FLAGS.config, path)
+        return rest
+    except Exception as error:
+        line = _as_line(error, path)
+        if line is None:
+            raise
+        fail(line)
 
 
-def _check_config_flags(argv: list[str]) -> None:
+def _as_line(error: Exception, path: pathlib.Path | None) -> str | None:
+    """Returns what to say of an error in reading the flags; None if it is a bug.
+
+    What a config file raises reaches us wrapped, and is said with its place in that file.
+    """
+    one: BaseException | None = error
+    while one is not None and path is not None:
+        if isinstance(one, SyntaxError) and one.filename == str(path):
+            return f"{path}:{one.lineno}: {type(one).__name__}: {one.msg}"
+        frames = traceback.extract_tb(one.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if lines:
+            words = " ".join(str(one).split())
+            known = isinstance(one, InputError)
+            return words if known else f"{path}:{lines[-1]}: {type(one).__name__}: {words}"
+        one = one.__cause__ or one.__context__
+    if isinstance(error, InputError | flags.Error):
+        return str(error)
+    return None if path is None else f"{path}: {type(error).__name__}: {error}"
+
+
+def _config_file(argv: list[str]) -> pathlib.Path | None:
+    """Returns the file that --config names, without what is behind its colon, if it is given."""
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        if arg.startswith("-"):
+            name, separator, value = arg.lstrip("-").partition("=")
+            if name == "config":
+                return pathlib.Path((value if separator else following).partition(":")[0])
+    return None
+
+
+def _check_config_flags(argv: list[str], path: pathlib.Path | None) -> None:
     """Raises an `InputError` for a config file or key that does not exist."""
+    if path is not None and not path.is_file():
+        raise InputError(f"there is no config file {path}; see configs/")
     known = config_lib.flatten(config_lib.base().to_dict())
     for arg in argv[1:]:
-        name, separator, value = arg.lstrip("-").partition("=")
-        if name == "config" and separator:
-            path = pathlib.Path(value.partition(":")[0])
-            if not path.is_file():
-                raise InputError(f"there is no config file {path}; see configs/")
-        elif name.startswith("config.") and name.removeprefix("config.") not in known:
+        name = arg.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
             key = name.removeprefix("config.")
             raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
+
+
+def _check_fields(config: Any, path: pathlib.Path) -> None:
+    """Raises an `InputError` if a config file gives something else than a configuration."""
+    given = config_lib.flatten(getattr(config, "to_dict", dict)())
+    missing = sorted(config_lib.flatten(config_lib.base().to_dict()).keys() - given.keys())
+    if missing:
+        raise InputError(
+            f"{path}: its get_config() does not give a configuration: without {missing[0]!r}"
+            + (f" and {len(missing) - 1} fields more" if len(missing) > 1 else "")
+            + "; begin with spvit_jax.config.base(), and return it"
+        )
 
 
 def fail(error: object, code: int = 2) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import pathlib
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from spvit_jax import atomic
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.models import (
     EvaluationProtocol,
@@ -23,6 +25,8 @@ from spvit_jax.models import (
     evaluation_protocol,
     model_config,
 )
+
+log = logging.getLogger("spvit_jax")
 
 _DURATIONS = (
     "schedule.total",
@@ -130,8 +134,8 @@ def base() -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # or "lamb", or "sgd" with momentum b1
     optim.lr = 1e-3  # peak learning rate, absolute: nothing rescales it
-    optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown
-    optim.warmup_lr = 1e-6  # at the first step
+    optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown; lr for a constant one
+    optim.warmup_lr = 1e-6  # at the first step, if there is a warm-up
     optim.weight_decay = 0.05  # decoupled, times the learning rate; matrices only
     optim.b1 = 0.9  # Adam's decay of the first moment
     optim.b2 = 0.999  # Adam's decay of the second moment
@@ -231,7 +235,8 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
       num_examples: examples per epoch.
 
     Raises:
-      InputError: a duration cannot be read, or the durations contradict each other.
+      InputError: a duration cannot be read, or the durations or the learning rates contradict
+        each other.
     """
     resolved = ConfigDict(copy.deepcopy(config.to_dict()))
     sizes = {"batch_size": config.data.batch_size, "num_examples": num_examples}
@@ -250,7 +255,24 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
             f"the schedule has {schedule.total} steps in all, of them {schedule.warmup} of warm-up "
             f"and {schedule.cooldown} of cooldown; lengthen schedule.total or shorten the others"
         )
+    _check_rates(resolved)
     return resolved
+
+
+def _check_rates(config: ConfigDict) -> None:
+    """Raises an `InputError` unless the rate rises to `lr` and falls from it, or stays there."""
+    lr, min_lr, warmup_lr = (config.optim[name] for name in ("lr", "min_lr", "warmup_lr"))
+    if not 0 < lr < math.inf:
+        raise InputError(f"optim.lr is {lr:g}; expected a number above 0")
+    for name, rate, when in (
+        ("min_lr", min_lr, "rise to it"),
+        ("warmup_lr", warmup_lr if config.schedule.warmup else 0.0, "begin with it and fall"),
+    ):
+        if not 0 <= rate <= lr:
+            raise InputError(
+                f"optim.{name} is {rate:g}, above optim.lr={lr:g}: the learning rate would {when}. "
+                f"Expected 0 to optim.lr; for a constant rate set optim.{name}={lr:g} too"
+            )
 
 
 def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
@@ -285,7 +307,16 @@ def claim_workdir(
     """
     path = workdir / "config.json"
     if in_use and path.exists():
-        changes = differences(from_json(path), config)
+        try:
+            changes = differences(from_json(path), config)
+        except (OSError, ValueError) as error:
+            changes = []
+            log.warning(
+                "warning: %s cannot be read (%s), so that nothing says whether the run in this "
+                "workdir had other settings; it is written anew",
+                path,
+                str(error).partition("\n")[0],
+            )
         if changes:
             raise InputError(
                 f"workdir {workdir} belongs to a run with another configuration "
@@ -295,7 +326,7 @@ def claim_workdir(
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(config))
+        atomic.write_text(path, to_json(config))
     except OSError as error:
         raise InputError(f"cannot write to workdir {workdir}: {error}") from error
 
@@ -306,8 +337,16 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(path: pathlib.Path) -> ConfigDict:
-    """Reads what `to_json` wrote."""
-    return ConfigDict(json.loads(path.read_text()))
+    """Reads what `to_json` wrote.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it does not hold a configuration.
+    """
+    tree = json.loads(path.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__} and not an object")
+    return ConfigDict(tree)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

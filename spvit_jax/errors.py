@@ -1,17 +1,39 @@
-"""The one exception that means "the input is wrong", and the words that help to mend it.
+"""The exceptions that are no bugs, and the words that help to mend what is wrong.
 
-Commands print an `InputError` as a single line and exit with code 2; any other
-exception is a bug and keeps its traceback.
+Commands print them as a single line and exit with the code of `exit_code`; any other exception is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class InputError(ValueError):
     """A mistake in what the user gave: says what was given, what was expected, what to do."""
+
+
+class WriteError(OSError):
+    """A result that cannot be written, for example because the disk is full."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Returns the exit code of a command that such an error ends; None if the error is a bug."""
+    if isinstance(error, InputError):
+        return 2
+    return 1 if isinstance(error, WriteError | FloatingPointError) else None
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Makes a `WriteError` that names the file of any `OSError` inside."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -10,7 +10,6 @@ go to the standard output as JSON, and to the file if one is named.
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import sys
@@ -20,11 +19,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import cli, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform
+from spvit_jax.errors import writing
 from spvit_jax.training import cluster, sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step
@@ -48,7 +48,9 @@ def evaluate_checkpoint(
 
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
+      FloatingPointError: logits are not finite numbers.
     """
+    plan.check_names(config)
     data = config.data
     source = datasets.for_evaluation(data, split or data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
@@ -61,7 +63,7 @@ def evaluate_checkpoint(
     found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)
-    eval_fn = jax.jit(functools.partial(eval_step, recipe=recipe))
+    eval_fn = jax.jit(sharding.on_mesh(mesh, eval_step, recipe=recipe))
 
     def batches() -> pipeline.BatchIterator:
         return pipeline.eval_batches(
@@ -103,9 +105,10 @@ def main() -> None:
             )
             text = json.dumps(results, indent=2) + "\n"
             if cluster.is_primary():
-                if output.value:
-                    pathlib.Path(output.value).write_text(text)
                 sys.stdout.write(text)
+                if output.value:
+                    with writing(pathlib.Path(output.value)):
+                        pathlib.Path(output.value).write_text(text)
 
     cli.run(run)
 

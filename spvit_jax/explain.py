@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, weights
+from spvit_jax import cli, plan, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform
@@ -146,6 +146,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
     """
+    plan.check_names(config)
     data = config.data
     source = datasets.for_evaluation(data, data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from spvit_jax import cli, readiness
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
+from spvit_jax.plan import check_names
 from spvit_jax.readiness import Check
 from spvit_jax.tpu import chips, environment, present, remedies
 from spvit_jax.tpu.account import DataFacts, Run, plan
@@ -127,6 +128,7 @@ def _plan(
     config: ConfigDict, topology_name: str, num_slices: int, workdir: pathlib.Path | None
 ) -> tuple[Run, DataFacts, ModelConfig | None, list[Check]]:
     """Finds everything out that needs no compiler."""
+    check_names(config)
     environment.prepare()
     topology = chips.topology(topology_name, num_slices)
     data, checks = readiness.check_data(config)

@@ -3,7 +3,8 @@
     python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The same command started again continues the run in that workdir, to the same end, bit for bit.
-It exits with code 0 when the run is complete, and with 75 when it has to be started again.
+It exits with code 0 when the run is complete, and with 75 when it has to be started again, after
+all of it has been saved.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, weights
+from spvit_jax import cli, logs, plan, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
+from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
 from spvit_jax.training import checkpoint, cluster, report, sharding
@@ -32,7 +34,6 @@ from spvit_jax.training import program as program_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.interrupt import Interrupt
-from spvit_jax.training.report import log
 from spvit_jax.training.step import Recipe
 
 
@@ -49,8 +50,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
     Raises:
       InputError: the configuration, the data or the workdir cannot be used.
-      FloatingPointError: the loss is no longer a number.
+      FloatingPointError: the loss, the gradient or the state is no longer finite.
+      WriteError: the disk is full, or cannot be written to any more.
     """
+    plan.check_names(config)
     # ── Data: what there is ──────────────────────────────────────────────────────────────────────
     whole = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
     label_maps = _open_label_maps(config, whole)
@@ -123,7 +126,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     if not dry_run:
         config_lib.claim_workdir(workdir, config, in_use=in_use, write=cluster.is_primary())
         cluster.check_shared(workdir)
-    report.start_logging(None if dry_run else workdir)
+    logs.start_run(None if dry_run else workdir)
     report.summarize(
         config,
         model_config,
@@ -132,13 +135,19 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         num_eval=len(eval_source),
         mesh=mesh,
     )
+    if label_maps is None and recipe.dense_weight and getattr(model_config, "dense_head", False):
+        log.warning(
+            "warning: %s has a head for each patch and config.token_labels.path is not set: every "
+            "patch learns the label of its image, and the papers' accuracy is not to be expected",
+            config.model.name,
+        )
 
     # ── A dry run ends here, after one step ──────────────────────────────────────────────────────
     if dry_run:
         trial, origin = fresh()
         with train_batches() as batches, eval_batches() as held_out:
             trial = train_fn(trial, sharding.put_batch(next(batches), mesh), root, teacher)
-            state_lib.check_finite(trial)
+            state_lib.check_finite(trial, program.finite_leaves(trial))
             first = eval_fn(trial.best_model, sharding.put_batch(next(held_out), mesh))
         losses = state_lib.means(trial.metrics)["loss"], state_lib.means(first)["loss"]
         log.info("dry run         from %s, loss %.4f, then %.4f on held-out data", origin, *losses)
@@ -188,13 +197,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
                     reporter.evaluation(step, results)
 
                 if results or step % config.checkpoint.every == 0:
-                    state_lib.check_finite(state)
+                    state_lib.check_finite(state, program.finite_leaves(state))
                     checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
         if step < total_steps:
-            state_lib.check_finite(state)
+            state_lib.check_finite(state, program.finite_leaves(state))
             checkpoints.save(step, state)
+        checkpoints.wait()  # what is said now is true
+        if step < total_steps:
             log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
         else:
             log.info("complete        at step %d, in %s", step, workdir)

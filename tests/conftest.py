@@ -1,5 +1,6 @@
 """Eight simulated devices, programs that compile fast, and the data set that all tests share."""
 
+import logging
 import os
 import pathlib
 
@@ -20,6 +21,18 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def log():
+    """This project's logger, which a command or a run may have taken over, as it was before."""
+    log = logging.getLogger("spvit_jax")
+    before = log.level, log.propagate, list(log.handlers)
+    yield log
+    for handler in log.handlers:
+        if handler not in before[2]:
+            handler.close()
+    log.level, log.propagate, log.handlers[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Durations, arguments, overrides and their errors."""
 
 import dataclasses
+import errno
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from spvit_jax import config as config_lib
@@ -54,6 +57,36 @@ def test_schedule_longer_than_the_run():
     config.schedule.total = "10 steps"
     with pytest.raises(InputError, match=r"lengthen schedule\.total"):
         config_lib.resolve(config, num_examples=1297)
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ({"lr": 1e-6}, r"optim\.min_lr is 1e-05, above optim\.lr=1e-06: .*would rise.*set"),
+        ({"lr": 1e-5, "warmup_lr": 1e-3}, r"optim\.warmup_lr is 0\.001, above optim\.lr=1e-05"),
+        ({"min_lr": -1e-5}, r"optim\.min_lr is -1e-05"),
+        ({"lr": 0.0}, r"optim\.lr is 0; expected a number above 0"),
+        ({"lr": float("nan")}, r"optim\.lr is nan"),
+        ({"lr": float("inf")}, r"optim\.lr is inf"),
+        ({"warmup_lr": float("nan")}, r"optim\.warmup_lr is nan"),
+    ],
+)
+def test_learning_rates_that_contradict_each_other(rates, words):
+    config = digits()
+    config.optim.update(rates)
+    with pytest.raises(InputError, match=words):
+        config_lib.resolve(config, num_examples=1297)
+
+
+def test_a_constant_learning_rate_is_said_as_the_refusal_tells():
+    config = digits()
+    config.optim.update(lr=1e-6, min_lr=1e-6, warmup_lr=1e-6)
+    rate = optimizer.make_schedule(config_lib.resolve(config, num_examples=1297))
+    np.testing.assert_allclose([float(rate(step)) for step in range(0, 1700, 50)], 1e-6, rtol=1e-6)
+    config.schedule.warmup = "0 steps"  # without one, its rate plays no part
+    config.optim.warmup_lr = 1.0
+    rate = optimizer.make_schedule(config_lib.resolve(config, num_examples=1297))
+    np.testing.assert_allclose([float(rate(step)) for step in range(0, 1700, 50)], 1e-6, rtol=1e-6)
 
 
 def test_resolving_leaves_the_original_alone_and_is_idempotent():
@@ -197,3 +230,41 @@ def test_workdir_of_another_run(tmp_path):
     with pytest.raises(InputError, match=r"\(optim.lr: 0.003 → 1.0\); choose another --workdir"):
         config_lib.claim_workdir(tmp_path, config, in_use=True)
     config_lib.claim_workdir(tmp_path, config, in_use=False)  # nothing there to lose
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"seed": 0', "[1, 2]", "null", "\x00\xff", "é\n"])
+def test_a_broken_record_of_the_settings_is_said_and_does_not_stop_the_run(text, tmp_path, caplog):
+    config = config_lib.resolve(digits(), num_examples=1297)
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    config_lib.claim_workdir(tmp_path, config, in_use=True)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"warning: {path} cannot be read (")
+    assert "\n" not in caplog.messages[0]
+    assert config_lib.differences(config_lib.from_json(path), config) == []
+
+
+def test_a_write_that_fails_leaves_the_old_settings(tmp_path, monkeypatch):
+    """Whatever part of it the disk took."""
+    config = config_lib.resolve(digits(), num_examples=1297)
+    config_lib.claim_workdir(tmp_path, config, in_use=False)
+    before = (tmp_path / "config.json").read_bytes()
+    config.seed = 5
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, full)
+            with pytest.raises(InputError, match="No space left on device"):
+                config_lib.claim_workdir(tmp_path, config, in_use=False)
+        assert (tmp_path / "config.json").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("workdir", ["/proc/run", "/dev/null/run", "/dev/null"])
+def test_a_workdir_that_cannot_be_written(workdir):
+    config = config_lib.resolve(digits(), num_examples=1297)
+    with pytest.raises(InputError, match=f"cannot write to workdir {workdir}: "):
+        config_lib.claim_workdir(pathlib.Path(workdir), config, in_use=False)

@@ -1,10 +1,33 @@
-"""Settings that cannot work are refused before the first step, and before a workdir is made."""
+"""Settings that cannot work are refused before the first step, and what a run says is true."""
 
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from spvit_jax.errors import InputError
+from spvit_jax.evaluate import evaluate_checkpoint
+from spvit_jax.explain import explain
+from spvit_jax.preflight import preflight
 from spvit_jax.train import train
+from spvit_jax.training import step
+from tests.commands import newest_step, saved_arrays
 from tests.test_config import digits
+
+
+def tiny(data_dir, model="vit", **settings):
+    """A run of four steps that compiles in seconds."""
+    config = digits(model)
+    config.data.update(data_dir=data_dir, batch_size=16, train_size=100)
+    config.model.update({"depth": 1, "dim": 12} | settings)
+    config.schedule.update(total="4 steps", warmup="1 steps")
+    config.log_every = config.eval_every = config.checkpoint.every = "1 steps"
+    config.checkpoint.keep_last = 9
+    return config
 
 
 @pytest.mark.parametrize(
@@ -61,3 +84,141 @@ def test_a_dry_run_takes_one_step_and_writes_nothing(data_dir, tmp_path, capfd):
     shown = capfd.readouterr().err
     for words in ('"total": 1600', "1,297 to train on", "dry run         from scratch, loss 2."):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        train,
+        lambda config, path: evaluate_checkpoint(
+            config, path, which="best", weights="auto", split=None
+        ),
+        lambda config, path: explain(config, path, path),
+        lambda config, path: preflight(config, "v5e:2x2"),
+    ],
+    ids=["train", "evaluate", "explain", "preflight"],
+)
+def test_names_are_checked_before_data(command, tmp_path):
+    """Where there is none, and a name is wrong, the name is what is said."""
+    for path, words in (
+        ("model.name", "unknown model 'digit_z'"),
+        ("model.dtype", "dtype is 'digit_z'"),
+        ("optim.name", "unknown optim.name 'digit_z'"),
+        ("mesh.sharding", "unknown mesh.sharding 'digit_z'"),
+        ("augment.interpolation", "unknown interpolation 'digit_z'"),
+        ("augment.eval_interpolation", "unknown interpolation 'digit_z'"),
+        ("augment.rand_augment", "'digit_z'"),
+    ):
+        config = digits()
+        config.data.update(dataset="folder:/nowhere", data_dir=str(tmp_path))
+        section, _, field = path.partition(".")
+        config[section][field] = "digit_z"
+        with pytest.raises(InputError) as error:
+            command(config, tmp_path / "run")
+        assert words in str(error.value), path
+    config = digits()
+    config.data.update(dataset="folder:/nowhere", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="/nowhere"):
+        command(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "words", "step"), [(False, "complete  ", 2), (True, "SIGTERM: saved", 0)]
+)
+def test_saved_is_said_when_it_is_true(
+    interrupted, words, step, data_dir, tmp_path, monkeypatch, log
+):
+    """On a disk that takes its time to give a checkpoint its name."""
+    config = tiny(data_dir)
+    config.schedule.total = config.eval_every = config.checkpoint.every = "2 steps"
+    rename, info, found = os.rename, log.info, {}
+
+    def late(source, target):
+        time.sleep(1 if "checkpoints" in str(source) else 0)
+        rename(source, target)
+
+    def watch(text, *args):
+        found[text] = (tmp_path / "checkpoints" / str(step)).is_dir()
+        if interrupted and text.startswith("start "):
+            os.kill(os.getpid(), signal.SIGTERM)
+        info(text, *args)
+
+    monkeypatch.setattr(os, "rename", late)
+    monkeypatch.setattr(log, "info", watch)
+    assert train(config, tmp_path) is not interrupted
+    assert [there for text, there in found.items() if text.startswith(words)] == [True]
+    assert [there for text, there in found.items() if text.startswith("start ")] == [False]
+
+
+def test_a_gradient_that_is_not_a_number_is_never_saved(data_dir, tmp_path, monkeypatch):
+    """Though the loss of that step is one; the step is named, and the state before it is kept."""
+    config = tiny(data_dir)
+    config.eval_every = "4 steps"
+    gradients = step._gradients
+    poisoned = jax.random.key_data(step.key_for(jax.random.key(config.seed), "drop_path", 2))
+
+    def third_is_nan(model, images, targets, key, recipe):
+        grads, stats, metrics = gradients(model, images, targets, key, recipe)
+        wrong = jnp.where((jax.random.key_data(key) == poisoned).all(), jnp.nan, 0)
+        return jax.tree.map(lambda grad: grad + wrong, grads), stats, metrics
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "_gradients", third_is_nan)
+        with pytest.raises(FloatingPointError, match="the loss at step 3 or its gradient"):
+            train(config, tmp_path)
+    assert newest_step(tmp_path) == 2
+    for name, array in saved_arrays(tmp_path, 2).items():
+        assert np.isfinite(array).all(), name
+    assert train(config, tmp_path)
+
+
+def test_a_state_that_overflows_in_its_last_update_is_never_saved(data_dir, tmp_path, monkeypatch):
+    """No later step is there to see it."""
+    config = tiny(data_dir)
+    config.eval_every = "4 steps"
+
+    def shoot(params, updates):
+        return jax.tree.map(lambda old, new: old + jnp.inf * jnp.sign(new), params, updates)
+
+    monkeypatch.setattr(step.optax, "apply_updates", shoot)
+    with pytest.raises(FloatingPointError, match="after step 1 the state is not finite, in model/"):
+        train(config, tmp_path)
+    assert newest_step(tmp_path) == 0
+
+
+def test_logits_that_are_not_numbers_stop_an_evaluation(data_dir, tmp_path, monkeypatch):
+    """That of training, before a checkpoint is made of it, and the command's."""
+    config = tiny(data_dir)
+    config.schedule.update(total="1 steps", warmup="0 steps")
+    assert train(config, tmp_path / "good")
+    meshes = []
+    eval_step = step.eval_step
+
+    def broken(model, batch, recipe):
+        meshes.append(jax.sharding.get_abstract_mesh().axis_names)
+        params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)
+        return eval_step(model.replace(params=params), batch, recipe=recipe)
+
+    monkeypatch.setattr("spvit_jax.training.program.eval_step", broken)
+    monkeypatch.setattr("spvit_jax.evaluate.eval_step", broken)
+    words = "the logits of 500 of 500 images are not finite"
+    with pytest.raises(FloatingPointError, match=words):
+        train(config, tmp_path / "run")
+    assert newest_step(tmp_path / "run") == 0
+    with pytest.raises(FloatingPointError, match=words):
+        evaluate_checkpoint(config, tmp_path / "good", which="best", weights="auto", split=None)
+    assert meshes == [("data", "fsdp")] * 2  # both are compiled on the mesh
+
+
+def test_a_dense_head_without_token_labels_is_said_once(data_dir, tmp_path, capfd):
+    words = "has a head for each patch and config.token_labels.path is not set"
+    spvit = {"depth": 2, "spatial_layers": 1, "stem_width": 8}
+    for model, settings, weight, times in (
+        ("spvit", spvit, 1.0, 1),
+        ("spvit", spvit, 0.0, 0),
+        ("vit", {}, 1.0, 0),
+    ):
+        config = tiny(data_dir, model, **settings)
+        config.loss.dense_weight = weight
+        train(config, tmp_path / "run", dry_run=True)
+        assert capfd.readouterr().err.count(words) == times

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, Self
@@ -19,7 +21,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from spvit_jax.errors import InputError, check_shapes
+from spvit_jax.errors import InputError, WriteError, check_shapes
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import cluster
@@ -67,7 +69,8 @@ class Checkpoints:
         # loss, which they share, has.
         alone = jax.process_count() == 1
         if alone or error is None or isinstance(error, FloatingPointError):
-            self._manager.close()
+            with self._writable():
+                self._manager.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts to save the state after a step; it is copied before this returns.
@@ -76,10 +79,23 @@ class Checkpoints:
           step: the number of steps taken.
           state: a pytree of arrays.
           metrics: of an evaluation at this step, by which the best checkpoint is kept.
+
+        Raises:
+          WriteError: this checkpoint, or the one before it, cannot be written.
         """
         if step not in self._manager.all_steps():
             item = ocp.args.PyTreeSave(_to_tree(state), custom_metadata=self._metadata)
-            self._manager.save(step, args=item, metrics=metrics)
+            with self._writable():
+                self._manager.save(step, args=item, metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until everything that was saved is on the disk, for all processes.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
+        with self._writable():
+            self._manager.wait_until_finished()
 
     def restore(self, abstract: Any) -> Any | None:
         """Reads the newest checkpoint that can be read; newer ones are moved aside, and said.
@@ -122,6 +138,19 @@ class Checkpoints:
                 f"{damaged[0].parent}. Start the command again to begin from scratch"
             )
         return None
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Makes a `WriteError` of whatever a full disk makes orbax raise."""
+        try:
+            yield
+        except Exception as error:
+            last = newest(self._workdir)
+            there = "there is none yet" if last is None else f"the last one is of step {last}"
+            raise WriteError(
+                f"a checkpoint in {self._workdir} cannot be written: {_reason(error)}; {there}. "
+                "Make room and start the same command again to go on from it"
+            ) from error
 
     def _move_aside(self, directory: pathlib.Path) -> pathlib.Path:
         self._manager.close()
@@ -270,6 +299,14 @@ def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns why something cannot be written, without the paths that tensorstore begins with."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is not None:
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ from jax._src import distributed as jax_distributed
 from jax.sharding import PartitionSpec as P
 
 import spvit_jax
-from spvit_jax.errors import InputError
+from spvit_jax.errors import InputError, exit_code
 
 # A process is lost when it has not been heard of for so long. JAX's 100 s would let a pod stand
 # still for longer; its heartbeats have a thread of their own, which compiling does not hold up.
@@ -354,13 +354,14 @@ def _watch(done: threading.Event) -> None:
 def _fail(error: BaseException) -> NoReturn:
     """Ends this process, after the others have read why."""
     _ending.acquire()
-    code = 2 if isinstance(error, InputError) else 1
+    code = exit_code(error)
     message = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in message:
         message = f"another process of the cluster was lost ({message})"
-    elif not isinstance(error, InputError | FloatingPointError):
+    elif code is None:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {message}"
+    code = code or 1
     _say(f"error: {message}")
     client, (rank, size) = _client(), _place()
     others = {str(other) for other in range(size) if other != rank}

@@ -27,8 +27,17 @@ def evaluate(
 
     Returns:
       Mean `loss`, `top1` and `top5` over the examples, and their `count`.
+
+    Raises:
+      FloatingPointError: logits are not finite numbers, and a rank among them means nothing.
     """
     with batches:
         per_batch = [eval_fn(model, put_batch(batch, mesh)) for batch in batches]
     totals = jax.tree.map(lambda *values: jnp.stack(values).sum(), *per_batch)
-    return means(totals) | {"count": int(totals["top1"][1])}
+    wrong, count = (int(number) for number in totals.pop("nonfinite"))
+    if wrong:
+        raise FloatingPointError(
+            f"the logits of {wrong} of {count} images are not finite numbers, so that there is no "
+            "accuracy; look at the weights, at data.mean and data.std, or set model.dtype=float32"
+        )
+    return means(totals) | {"count": count}

@@ -19,6 +19,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(kernel|w1|w2)$", True),
 )
 
+NAMES = ("adamw", "lamb", "sgd")
 # What stands above all blocks.
 _TOP = ("norm", "head", "dist_head", "dense_head")
 
@@ -37,6 +38,12 @@ def decay_mask(params: Any) -> Any:
         raise ValueError(f"no decay rule matches parameter {name!r}; add one to DECAY_RULES")
 
     return map_named(decays, params)
+
+
+def check_name(name: str) -> None:
+    """Raises an `InputError` if there is no such optimizer."""
+    if name not in NAMES:
+        raise InputError(f"unknown optim.name {name!r}{nearest(name, NAMES)}")
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
@@ -94,6 +101,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     Raises:
       InputError: there is no such optimizer.
     """
+    check_name(config.optim.name)
     optim, rate = config.optim, make_schedule(config)
     adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
     decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
@@ -104,8 +112,6 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             optax.add_decayed_weights(**decay), optax.sgd(rate, momentum=optim.b1, nesterov=True)
         ),
     }
-    if optim.name not in makers:
-        raise InputError(f"unknown optim.name {optim.name!r}{nearest(optim.name, makers)}")
     parts = [makers[optim.name]()]
     if optim.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))

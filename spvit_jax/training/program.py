@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from spvit_jax.models import ModelConfig
@@ -36,6 +37,7 @@ class Program:
       create: makes the state before the first step, jitted.
       train_step: `step.train_step` of (state, batch, root, teacher), jitted; donates the state.
       eval_step: `step.eval_step` of (model, batch), jitted.
+      finite_leaves: `state.finite_leaves`, jitted.
     """
 
     root: jax.Array
@@ -45,6 +47,7 @@ class Program:
     create: Callable[[], TrainState]
     train_step: Callable[..., TrainState]
     eval_step: Callable[[Variables, Any], Metrics]
+    finite_leaves: Callable[[TrainState], jax.Array]
 
 
 def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) -> Program:
@@ -79,6 +82,7 @@ def build(config: ConfigDict, model: ModelConfig, recipe: Recipe, mesh: Mesh) ->
             out_shardings=shardings,
         ),
         eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, recipe=recipe)),
+        finite_leaves=jax.jit(state_lib.finite_leaves, out_shardings=NamedSharding(mesh, P())),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import logging
 import os
 import pathlib
 import sys
@@ -25,44 +24,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spvit_jax import atomic
 from spvit_jax import config as config_lib
+from spvit_jax.errors import writing
+from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import cluster
 from spvit_jax.training.state import Metrics, means
-
-log = logging.getLogger("spvit_jax")
-
-
-class _Screen(logging.Handler):
-    """Writes lines above the progress bar, if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def start_logging(workdir: pathlib.Path | None) -> None:
-    """Sends this project's log lines to the standard error and to `train.log` in the workdir.
-
-    On a terminal the progress bar stands for the line per interval (level DEBUG).
-    """
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    screen = _Screen()
-    screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    if not cluster.is_primary():
-        screen.setLevel(logging.WARNING)  # the rest all say alike
-    handlers: list[logging.Handler] = [screen]
-    if workdir is not None and cluster.is_primary():
-        handlers.append(logging.FileHandler(workdir / "train.log"))
-    for handler in handlers:
-        handler.setFormatter(form)
-        log.addHandler(handler)
 
 
 def summarize(
@@ -117,7 +87,8 @@ class Reporter:
     def __enter__(self) -> Self:
         writes = cluster.is_primary()
         path = self._path if writes else pathlib.Path(os.devnull)
-        self._records = self._stack.enter_context(path.open("a"))
+        with writing(path):
+            self._records = self._stack.enter_context(path.open("a"))
         self._writer: metric_writers.MetricWriter = metric_writers.MultiWriter(
             [metric_writers.SummaryWriter(str(self._path.parent))] if writes else []
         )
@@ -136,7 +107,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with writing(self._path):  # what could not be written before is tried again
+            self._stack.close()
 
     def advance(self) -> None:
         """Moves the progress bar by one step."""
@@ -173,11 +145,12 @@ class Reporter:
 
     def _record(self, prefix: str, step: int, values: dict[str, float]) -> None:
         named = {f"{prefix}/{name}": value for name, value in values.items()}
+        with writing(self._path):
+            self._records.write(json.dumps({"step": step, **named}) + "\n")
+            self._records.flush()
+            if cluster.is_primary():
+                os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
         self._writer.write_scalars(step, named)
-        self._records.write(json.dumps({"step": step, **named}) + "\n")
-        self._records.flush()
-        if cluster.is_primary():
-            os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step
@@ -195,6 +168,5 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
             break  # cut off by a kill; nothing follows it
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    with writing(path):
+        atomic.write_text(path, "".join(kept))

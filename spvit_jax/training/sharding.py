@@ -98,6 +98,12 @@ def slice_of(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
+def check_preset(preset: str) -> None:
+    """Raises an `InputError` if there is no such preset of shardings."""
+    if preset not in PRESETS:
+        raise InputError(f"unknown mesh.sharding {preset!r}{nearest(preset, PRESETS)}")
+
+
 def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
     """Returns a pytree of shardings like `state`.
 
@@ -110,8 +116,7 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
       InputError: there is no such preset.
       ValueError: a leaf matches none of its rules.
     """
-    if preset not in PRESETS:
-        raise InputError(f"unknown mesh.sharding {preset!r}{nearest(preset, PRESETS)}")
+    check_preset(preset)
     rules = PRESETS[preset]
 
     def place(name: str, leaf: Any) -> NamedSharding:

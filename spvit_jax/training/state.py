@@ -6,10 +6,12 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
 
 from spvit_jax.models import Model
+from spvit_jax.models.naming import named_leaves
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count) under each name
 
@@ -51,7 +53,8 @@ class TrainState(struct.PyTreeNode):
       ema: their moving average, BatchNorm's statistics included; None if it is off.
       opt_state: the optimizer's.
       metrics: sums and counts since the last report.
-      nan_step: int32, the first step whose loss was not finite, or -1.
+      nan_step: int32, the first step that was not finite in its loss, its gradient or BatchNorm's
+        statistics, or -1.
     """
 
     step: jax.Array
@@ -73,14 +76,42 @@ def with_variables(state: TrainState, variables: Variables) -> TrainState:
     return state.replace(model=variables, ema=ema)
 
 
-def check_finite(state: TrainState) -> None:
-    """Raises a `FloatingPointError` that names the first step whose loss was not a number."""
+def check_finite(state: TrainState, finite: jax.Array | None = None) -> None:
+    """Raises a `FloatingPointError` if a step or the state is not finite; names the step.
+
+    Args:
+      state: after a step.
+      finite: of `finite_leaves`, to look at the state itself as well, as before it is saved: a
+        last update may overflow after a loss and a gradient that were finite.
+    """
+    advice = (
+        "the last good checkpoint is kept. Lower optim.lr, lengthen schedule.warmup or set "
+        "optim.clip_norm"
+    )
     step = int(state.nan_step)
     if step >= 0:
         raise FloatingPointError(
-            f"the loss at step {step} is not a finite number; the last good checkpoint is kept. "
-            "Lower optim.lr, lengthen schedule.warmup or set optim.clip_norm"
+            f"the loss at step {step} or its gradient, or a statistic of BatchNorm, is not a "
+            f"finite number; {advice}"
         )
+    if finite is None:
+        return
+    names = [name for name, ok in zip(_floating(state), np.asarray(finite), strict=True) if not ok]
+    if names:
+        rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise FloatingPointError(
+            f"after step {int(state.step)} the state is not finite, in {names[0]}{rest}; {advice}"
+        )
+
+
+def finite_leaves(state: TrainState) -> jax.Array:
+    """Returns for each floating leaf of a state whether all of it is finite, bool [leaves]."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in _floating(state).values()])
+
+
+def _floating(state: TrainState) -> dict[str, jax.Array]:
+    leaves = named_leaves(state)
+    return {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
 
 METRICS = ("loss", "top1", "grad_norm")

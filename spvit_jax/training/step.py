@@ -118,9 +118,11 @@ def train_step(
     model = state.model.replace(params=params, stats=stats)
 
     step = state.step + 1
-    loss_sum, count = metrics["loss"]
-    is_first_nan = ~jnp.isfinite(loss_sum / count) & (state.nan_step < 0)
     metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
+    # The norm stands for the whole gradient, and for Adam's moments, which square it too.
+    told = (metrics["loss"], metrics["grad_norm"], stats)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(told)]).all()
+    is_first_nan = ~finite & (state.nan_step < 0)
     return TrainState(
         step=step,
         model=model,
@@ -143,7 +145,7 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
 
     Returns:
       (sum, count) of `loss` (cross-entropy with the label, or with all right ones evenly), `top1`
-      and `top5`.
+      and `top5`; and of `nonfinite`, whether an image's logits or its loss are not finite numbers.
     """
     images = recipe.transform.normalize(batch["image"])
     logits = model.model().outputs(images).evaluation_logits()
@@ -157,7 +159,13 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
         right = labels.sum(axis=1, keepdims=True, dtype=jnp.float32)
         loss = optax.softmax_cross_entropy(logits, labels / jnp.maximum(right, 1))
         mask = mask * (right[:, 0] > 0)
-    values = {"loss": loss, "top1": ranked[:, 0], "top5": ranked.any(axis=1)}
+    nonfinite = ~(jnp.isfinite(logits).all(axis=1) & jnp.isfinite(loss))
+    values = {
+        "loss": loss,
+        "top1": ranked[:, 0],
+        "top5": ranked.any(axis=1),
+        "nonfinite": nonfinite,
+    }
     count = mask.sum()
     return {name: ((value * mask).sum(), count) for name, value in values.items()}
 

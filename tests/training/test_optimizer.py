@@ -122,7 +122,7 @@ def test_sgd_is_torchs():
 
 def test_lamb_moves_a_matrix_by_its_share():
     """By the learning rate times its own norm, whatever the gradient's size."""
-    config = resolved(name="lamb", weight_decay=0.0, warmup_lr=1e-2)
+    config = resolved(name="lamb", weight_decay=0.0, lr=1e-2, warmup_lr=1e-2)
     params = random_arrays(0)
     for size in (1e-3, 1.0, 1e3):
         grads = {name: size * value for name, value in random_arrays(1).items()}
@@ -162,9 +162,9 @@ def test_layers_have_rates_that_decay_downwards(name, settings, expected):
     assert scales.keys() == named_leaves(params).keys()
     assert {leaf: scales[leaf] for leaf in expected} == {k: 0.5**v for k, v in expected.items()}
 
-    config = resolved(layer_decay=0.5, weight_decay=0.1, warmup_lr=1e-2)
+    config = resolved(layer_decay=0.5, weight_decay=0.1, lr=1e-2, warmup_lr=1e-2)
     grads = jax.tree.map(jnp.ones_like, params)
-    plain = optimizer.make_optimizer(resolved(weight_decay=0.1, warmup_lr=1e-2))
+    plain = optimizer.make_optimizer(resolved(weight_decay=0.1, lr=1e-2, warmup_lr=1e-2))
     updates = [
         named_leaves(tx.update(grads, tx.init(params), params)[0])
         for tx in (optimizer.make_optimizer(config), plain)

@@ -370,3 +370,75 @@ def test_the_reported_gradient_is_what_sgd_takes():
     moved = jax.tree.map(lambda old, new: (old - new) / 0.05, before.model, after.model).params
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
     assert float(after.metrics["grad_norm"][0]) == pytest.approx(float(norm), rel=1e-3)
+
+
+def _nan_in_the_gradient_alone(outputs, targets, dense_weight):
+    """A loss of a finite number whose derivative is not one: √x at 0."""
+    loss = classification_loss(outputs, targets, dense_weight)
+    return loss + jnp.sqrt(0 * loss)
+
+
+def test_a_gradient_that_is_not_a_number_is_remembered_though_the_loss_is_one(monkeypatch):
+    state = run(make_state(), steps=1)
+    monkeypatch.setattr(step.losses, "classification_loss", _nan_in_the_gradient_alone)
+    take = jax.jit(functools.partial(step.train_step, optimizer=SGD, recipe=RECIPE))
+    state = take(state, make_batch(), ROOT)
+    assert np.isfinite(state.metrics["loss"][0])
+    with pytest.raises(FloatingPointError, match="the loss at step 2 or its gradient"):
+        state_lib.check_finite(state)
+
+
+def test_a_gradient_whose_square_overflows_is_remembered(monkeypatch):
+    """Adam's second moment would be infinite, and the parameters would stand still for ever."""
+
+    def steep(outputs, targets, dense_weight):
+        loss = classification_loss(outputs, targets, dense_weight)
+        return loss + 1e25 * (loss - jax.lax.stop_gradient(loss))
+
+    monkeypatch.setattr(step.losses, "classification_loss", steep)
+    adam = optax.adam(1e-3)
+    variables = make_state("mait_t").model
+    state = state_lib.create(variables.model(), adam, ema=True)
+    state = jax.jit(functools.partial(step.train_step, optimizer=adam, recipe=RECIPE))(
+        state, make_batch(), ROOT
+    )
+    assert np.isfinite(state.metrics["loss"][0])
+    moments = named_leaves(state.opt_state)
+    assert not all(np.isfinite(leaf).all() for leaf in moments.values())
+    with pytest.raises(FloatingPointError, match="the loss at step 1 or its gradient"):
+        state_lib.check_finite(state)
+
+
+def test_statistics_of_batchnorm_that_are_not_finite_are_remembered():
+    state = make_state()
+    stats = jax.tree.map(lambda leaf: leaf + jnp.inf, state.model.stats)
+    state = run(state.replace(model=state.model.replace(stats=stats)), steps=1)
+    assert np.isfinite(state.metrics["loss"][0])
+    assert np.isfinite(state.metrics["grad_norm"][0])
+    with pytest.raises(FloatingPointError, match="step 1"):
+        state_lib.check_finite(state)
+
+
+def test_a_state_is_looked_at_before_it_is_saved():
+    """One number of one leaf, in each thing that is saved, over several devices."""
+    variables = random_variables("spvit_s", num_classes=10, **(SMALL | FAMILIES["spvit_s"]))
+    state = state_lib.create(variables.model(), optax.adam(1e-3), ema=True)
+    shardings = sharding.state_shardings(state, sharding.make_mesh(2, 4), "fsdp")
+    finite = jax.jit(state_lib.finite_leaves)
+    state = jax.device_put(state, shardings)
+    state_lib.check_finite(state, finite(state))
+
+    for name, value in (
+        ("model/params/blocks/1/mlp/fc1/kernel", np.nan),
+        ("ema/params/head/bias", np.inf),
+        ("opt_state/0/nu/blocks/0/norm1/scale", np.inf),
+        ("opt_state/0/mu/blocks/0/norm1/scale", -np.inf),
+        ("model/stats/patch_embed/bn2/var", np.inf),
+    ):
+        leaves = named_leaves(state)
+        leaves[name] = leaves[name].at[-1].set(value)
+        broken = jax.tree.unflatten(jax.tree.structure(state), leaves.values())
+        broken = jax.device_put(broken, shardings)
+        state_lib.check_finite(broken)  # no step has told
+        with pytest.raises(FloatingPointError, match=f"after step 0 .*not finite, in {name};"):
+            state_lib.check_finite(broken, finite(broken))

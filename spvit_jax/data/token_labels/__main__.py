@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from spvit_jax import cli, weights
+from spvit_jax import cli, plan, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import WholeTransform
@@ -147,6 +147,7 @@ def _make() -> None:
     output = _output_flag("The .npy file to write.")
 
     def run() -> None:
+        plan.check_names(config())
         data = config().data
         images = datasets.load(data.dataset, data.train_split, data.data_dir)
         maps = predicted(config(), pathlib.Path(path.value), images)

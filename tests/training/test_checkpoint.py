@@ -1,0 +1,45 @@
+"""A disk that becomes full between two checkpoints."""
+
+import contextlib
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+from spvit_jax.errors import WriteError
+from spvit_jax.models import model_config
+from spvit_jax.training.checkpoint import Checkpoints
+from tests.commands import newest_step, saved_arrays
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """Lets no file grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    model = model_config("deit_ti")
+    with Checkpoints(tmp_path, model, keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.save(1, {"model": jax.random.normal(jax.random.key(1), (100_000,))})
+        checkpoints.wait()
+        with small_files(100_000):
+            checkpoints.save(2, {"model": jax.random.normal(jax.random.key(2), (100_000,))})
+            with pytest.raises(WriteError) as error:
+                checkpoints.wait()
+    words = str(error.value)
+    assert words.startswith(f"a checkpoint in {tmp_path} cannot be written: File too large; the ")
+    assert "last one is of step 1" in words
+    assert newest_step(tmp_path) == 1
+    (saved,) = saved_arrays(tmp_path, 1).values()
+    np.testing.assert_array_equal(saved, jax.random.normal(jax.random.key(1), (100_000,)))
+    # Started again, what was left of the second does not stand in the way.
+    with Checkpoints(tmp_path, model, keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.save(2, {"model": jax.random.normal(jax.random.key(2), (100_000,))})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
