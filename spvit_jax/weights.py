@@ -66,6 +66,8 @@ class Weights:
         kinds = _kinds_of_layers(self.config)
         if not isinstance(model, ViTConfig) or kinds is None or max(kinds) >= model.depth:
             return model
+        if kinds == _kinds_of_layers(model):
+            return model
         return dataclasses.replace(model, spatial_layers=kinds[0], class_token_layer=kinds[1])
 
     def check(self, model: ModelConfig, *, new_head: bool = False) -> None:

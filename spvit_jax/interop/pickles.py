@@ -59,9 +59,13 @@ def read(path: pathlib.Path) -> Any:
     """
     torch = import_torch()
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(list(_SETTINGS)):
+        with (
+            path.open("rb") as file,  # by its name torch would take it for what its suffix says
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(list(_SETTINGS)),
+        ):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
         if match := _REFUSED.search(str(error)):
             raise InputError(
