@@ -176,7 +176,12 @@ def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, Any]:
             note = (file.metadata() or {}).get(_NOTE)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, note and json.loads(note)
-    except Exception as error:  # whatever a damaged file, or a dtype unknown to NumPy, makes raise
+    except AttributeError as error:  # safetensors looks the type up in NumPy
+        raise InputError(
+            f"{path} has tensors that cannot be read ({error}); expected float32, float64, float16 "
+            "or bfloat16: save it again as such"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes raise
         raise InputError(
             f"{path} is damaged or not a safetensors file: {shown(error, 200)}"
         ) from error

@@ -314,7 +314,7 @@ def test_fp8_and_complex_numbers_in_safetensors_are_refused(tmp_path):
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64):
         path = tmp_path / "a.safetensors"
         safetensors.torch.save_file({"a": torch.ones(2).to(dtype)}, path)
-        with pytest.raises(InputError, match=r"cannot be read|is damaged or not a safetensors"):
+        with pytest.raises(InputError, match="has tensors that cannot be read"):
             files.read(path)
 
 
