@@ -76,7 +76,7 @@ def convert(
         model = dataclasses.replace(model, image_size=image_size)
     if num_classes is not None:
         model = dataclasses.replace(model, num_classes=num_classes)
-    found.check(model, new_head=True)
+    found.check(model, new_head=num_classes is not None)
     write(output, found.load(model, sharding.make_mesh(-1, 1)), model)
     _report(found, model, output)
     return model

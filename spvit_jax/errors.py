@@ -54,7 +54,7 @@ def check_shapes(
       InputError: they differ; shows the missing, unexpected and wrongly shaped names together.
     """
     missing = [name for name in expected if name not in given]
-    unexpected = [name for name in given if name not in expected]
+    unexpected = [shown(name) for name in given if name not in expected]
     reshaped = [
         f"{name} {_times(given[name])} instead of {_times(shape)}"
         for name, shape in expected.items()
@@ -62,15 +62,23 @@ def check_shapes(
     ]
     if missing or unexpected or reshaped:
         raise InputError(
-            f"{where} is of another model. Missing: {_some(missing)}. "
-            f"Unexpected: {_some(unexpected)}. Wrong shape: {_some(reshaped)}."
+            f"{where} is of another model. Missing: {some(missing)}. "
+            f"Unexpected: {some(unexpected)}. Wrong shape: {some(reshaped)}."
         )
+
+
+def shown(text: object, most: int = 80) -> str:
+    """Returns a text out of somebody's file as a line can show it: escaped, and not too long."""
+    letters = str(text)
+    rest = "…" if len(letters) > most else ""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in letters[:most]) + rest
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a number"
 
 
-def _some(names: list[str], most: int = 6) -> str:
+def some(names: list[str], most: int = 6) -> str:
+    """Returns names in one line, the first few of them if there are many."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest

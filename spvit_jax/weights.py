@@ -1,26 +1,35 @@
 """Weights from wherever they are: an own checkpoint, or a file of PyTorch, at any resolution.
 
-What the commands share that begin with somebody's weights: evaluation, fine-tuning, conversion.
+What all share that begin with somebody's weights: evaluation, fine-tuning, conversion, and in
+Python
+
+    model = create_model("spvit_s", image_size=384)
+    load_torch(model, "spvit_s_224.pth.tar")
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from spvit_jax.errors import InputError
 from spvit_jax.interop import files
+from spvit_jax.interop.containers import unwrap
+from spvit_jax.interop.tensors import as_arrays
 from spvit_jax.interop.translate import to_ours
-from spvit_jax.models import ModelConfig, ViTConfig, from_dict
+from spvit_jax.models import Model, ModelConfig, ViTConfig, from_dict
 from spvit_jax.models.initializers import CountedRngs
-from spvit_jax.models.naming import map_named, named_leaves
-from spvit_jax.models.resize import adapt, check_adaptable, check_classes
+from spvit_jax.models.naming import map_named, named_leaves, set_arrays, shapes_of
+from spvit_jax.models.resize import adapt, check_adaptable, check_classes, check_heads
 from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.state import Variables
 
@@ -41,11 +50,13 @@ class Weights:
       where: the file or the checkpoint.
       config: the model, as it was trained.
       read: reads the arrays under their names onto a mesh, by a preset of shardings.
+      missing_heads: the model's heads that the weights lack, as those of a backbone do.
     """
 
     where: str
     config: ModelConfig
     read: Callable[[Mesh, str], Mapping[str, Any]]
+    missing_heads: frozenset[str] = frozenset()
 
     def fit(self, model: ModelConfig) -> ModelConfig:
         """Returns the model with the kinds of layers that the weights have.
@@ -55,11 +66,14 @@ class Weights:
         kinds = _kinds_of_layers(self.config)
         if not isinstance(model, ViTConfig) or kinds is None or max(kinds) >= model.depth:
             return model
+        if kinds == _kinds_of_layers(model):
+            return model
         return dataclasses.replace(model, spatial_layers=kinds[0], class_token_layer=kinds[1])
 
     def check(self, model: ModelConfig, *, new_head: bool = False) -> None:
         """Raises an `InputError` unless `load` can make the weights those of the model."""
         check_classes(self.config, model, self.where, may_replace=new_head)
+        check_heads(self.missing_heads, self.where, may_replace=new_head)
         kinds = _kinds_of_layers(self.config)
         if kinds is not None and _kinds_of_layers(self.fit(model)) != _kinds_of_layers(model):
             raise InputError(
@@ -68,6 +82,8 @@ class Weights:
                 f"{kinds[0]} and config.model.class_token_layer={kinds[1]}"
             )
         check_adaptable(self.config, model, self.where)
+        if self.missing_heads:
+            log.warning("note: %s lacks %s: new", self.where, ", ".join(sorted(self.missing_heads)))
         for difference in self._differences(model):
             log.warning("warning: %s was trained with %s", self.where, difference)
 
@@ -101,12 +117,17 @@ class Weights:
 
 
 def find(
-    path: pathlib.Path, like: ModelConfig | None, *, which: str = "best", weights: str = "auto"
+    source: pathlib.Path | Mapping[str, Any],
+    like: ModelConfig | None,
+    *,
+    which: str = "best",
+    weights: str = "auto",
 ) -> Weights:
     """Finds weights and what model they are of.
 
     Args:
-      path: a workdir of training, one checkpoint in it, a `.pth` or a `.safetensors` file.
+      source: a workdir of training, one checkpoint in it, what `interop.files.read` takes, or a
+        state dict of tensors or arrays.
       like: the model that they are expected to be of, up to resolution, classes and layer kinds;
         may be None where they say that themselves: in what this project has written.
       which: "best", "last" or a step, where the path is a workdir.
@@ -116,10 +137,18 @@ def find(
     Raises:
       InputError: there are no such weights, they cannot be read, or they are of another model.
     """
-    if not files.is_file_of_weights(path):
-        directory = checkpoint.find(path, which=which)
+    if isinstance(source, Mapping):
+        where = "the state dict"
+        found = unwrap(source, where, ema=weights == "ema")
+        if found.changes:
+            log.warning("note: %s: %s", where, "; ".join(found.changes))
+        return _of_torch(as_arrays(found.tensors, where), _known(like, where), where)
+
+    # A workdir may have been exported into itself.
+    if checkpoint.newest(source) is not None or not files.is_file_of_weights(source):
+        directory = checkpoint.find(source, which=which)
         fields = checkpoint.model_of(directory)
-        config = _known(like if fields is None else from_dict(fields), path)
+        config = _known(like if fields is None else from_dict(fields), source)
 
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
             shapes, _ = plan(config, mesh, preset)
@@ -128,10 +157,64 @@ def find(
 
         return Weights(str(directory), config, read)
 
-    state_dict, note = files.read(path, ema=weights == "ema")
-    config = _known(like if note is None else from_dict(note), path)
-    config, arrays = to_ours(state_dict, config, path)
-    return Weights(str(path), config, lambda mesh, preset: arrays)
+    contents = files.read(source, ema=weights == "ema")
+    if contents.note is None:
+        return _of_torch(contents.state_dict, _known(like, source), str(source))
+    return _of_torch(contents.state_dict, from_dict(contents.note), str(source), says_grid=True)
+
+
+def _of_torch(
+    state_dict: files.StateDict, like: ModelConfig, where: str, *, says_grid: bool = False
+) -> Weights:
+    """Returns the weights of a state dict, expected to be of the model `like`."""
+    config, arrays = to_ours(state_dict, like, where, may_lack_heads=True)
+    height, width = config.grid
+    side = math.isqrt(height * width)
+    if "pos_embed" in arrays and not says_grid and height != width and side**2 == height * width:
+        log.warning(
+            "note: %s does not say whether its %d patches are %d×%d, as in the model, or %d×%d",
+            *(where, height * width, height, width, side, side),
+        )
+    missing = {name.partition("/")[0] for name in shapes_of(config).keys() - arrays.keys()}
+    return Weights(where, config, lambda mesh, preset: arrays, frozenset(missing))
+
+
+def load_torch(
+    model: Model,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    weights: str = "auto",
+    new_head: bool = False,
+) -> None:
+    """Puts weights into a model, resized to its resolution; the kinds of its layers become theirs.
+
+    Args:
+      model: of the same architecture.
+      source: as `find`.
+      weights: as `find`.
+      new_head: whether heads that are missing or have another number of classes are new ones.
+
+    Raises:
+      InputError: as `find` and `Weights.check`; the model is left as it was.
+    """
+    source = source if isinstance(source, Mapping) else pathlib.Path(source)
+    found = find(source, model.config, weights=weights)
+    config = found.fit(model.config)
+    found.check(config, new_head=new_head)
+    arrays = found.read(sharding.make_mesh(-1, 1), "replicated")
+    adapted = adapt(arrays, found.config, config, found.where)
+    if config != model.config:
+        log.warning("note: the kinds of the model's layers are now those of %s", found.where)
+        _rebuild(model, config)
+    set_arrays(model, adapted)
+
+
+def _rebuild(model: Model, config: ModelConfig) -> None:
+    """Makes a model what `config` builds, in the mode that it is in."""
+    other = config.build(nnx.Rngs(0))
+    if not model.deterministic:
+        other.train()
+    vars(model).update(vars(other))
 
 
 def find_fitting(
@@ -166,9 +249,9 @@ def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
     return (model.spatial_layers, model.late) if isinstance(model, ViTConfig) else None
 
 
-def _known(config: ModelConfig | None, path: pathlib.Path) -> ModelConfig:
+def _known(config: ModelConfig | None, where: object) -> ModelConfig:
     if config is None:
-        raise InputError(f"{path} does not say what model it is of; name it with --arch")
+        raise InputError(f"{where} does not say what model it is of; name it with --arch")
     return config
 
 

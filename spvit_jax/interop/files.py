@@ -1,79 +1,84 @@
-"""Files of weights: `.pth` and `.pth.tar` of PyTorch, and `.safetensors`.
+"""Files of weights: `.pth` and `.pth.tar` of PyTorch, `.safetensors`, and folders of them.
 
-Nothing in a file is ever executed: PyTorch's files are pickles, and are read with an allow-list.
-PyTorch is imported only here, and only when such a file is read or written.
+What a file is shows in its first bytes, not in its name. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import os
 import pathlib
-import re
-import warnings
+import stat
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from spvit_jax.errors import InputError
+from spvit_jax.errors import InputError, shown
+from spvit_jax.interop import pickles
+from spvit_jax.interop.containers import unwrap
+from spvit_jax.interop.pickles import import_torch
+from spvit_jax.interop.tensors import StateDict, as_arrays
 
-_WEIGHTS = ("state_dict", "model")
-_AVERAGES = ("state_dict_ema", "model_ema")
-# How torch names what it refuses to run.
-_REFUSED = re.compile(r"unsupported (?:global: )?(?:global|class) ([\w.]+)", re.IGNORECASE)
+log = logging.getLogger("spvit_jax")
+
 _NOTE = "spvit_jax"  # under which a file written here says what model it is of
 SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
+# What a folder of a hub is read from; the first that is there.
+_IN_FOLDER = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"),
+)
 
-StateDict = dict[str, np.ndarray]
+
+class Contents(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+      state_dict: arrays under PyTorch's names, without wrappers' prefixes.
+      note: what `write` was told to note; None in other people's files.
+      is_average: whether these weights are a moving average.
+      has_average: whether the file holds one, taken or not.
+    """
+
+    state_dict: StateDict
+    note: dict[str, Any] | None
+    is_average: bool
+    has_average: bool
 
 
 def is_file_of_weights(path: pathlib.Path) -> bool:
-    """Returns whether a path names a file such as are read here, rather than a checkpoint."""
-    return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
+    """Returns whether a path names what is read here, rather than a checkpoint."""
+    if path.is_dir():
+        return _in_folder(path) is not None
+    return path.exists() or path.suffix in SUFFIXES
 
 
-def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str, Any] | None]:
-    """Reads a file of weights without executing anything in it.
+def read(path: pathlib.Path, *, ema: bool = False) -> Contents:
+    """Reads a file of weights without executing anything in it, and logs what was done to it.
 
     Args:
-      path: `.pth`, `.pth.tar` or `.safetensors`.
+      path: a file of `torch.save` or safetensors, the index of one that is split into several, or
+        a folder with `model.safetensors`, `pytorch_model.bin` or `model.bin` or their index.
       ema: whether to take the moving average of the weights that is in the file beside them.
-
-    Returns:
-      The state dict, as `as_arrays` returns it; and what `write` was told to note.
 
     Raises:
       InputError: the file cannot be read, or holds something else than weights.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(256)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if start.lstrip().startswith(b"<"):
-        raise InputError(f"{path} is a web page, not weights; download the file itself")
-    if path.suffix == ".safetensors":
-        if ema:
-            raise InputError(f"{path} holds one set of weights; leave out --ema")
-        state_dict, note = _read_safetensors(path)
-    else:
-        content = _read_pickle(path)
-        state_dict, note = _choose(content, path, ema=ema), content.get(_NOTE)
-    return state_dict, note if isinstance(note, dict) else None
-
-
-def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
-    """Returns a state dict of PyTorch tensors, or of arrays, as one of NumPy arrays.
-
-    Names lose the `module.` that data-parallel training puts before them, and half precision
-    becomes single.
-    """
-    return {name.removeprefix("module."): _as_array(value) for name, value in state_dict.items()}
+    file = (_in_folder(path) or path) if path.is_dir() else path
+    content, note = _content(file)
+    weights = unwrap(content, file, ema=ema)
+    if weights.changes:
+        log.warning("note: %s: %s", file, "; ".join(weights.changes))
+    return Contents(
+        as_arrays(weights.tensors, file),
+        note if isinstance(note, dict) else None,
+        weights.is_average,
+        weights.has_average,
+    )
 
 
 def read_array(path: pathlib.Path) -> np.ndarray:
@@ -82,8 +87,8 @@ def read_array(path: pathlib.Path) -> np.ndarray:
     Raises:
       InputError: it cannot be read, or holds something else.
     """
-    content = _unpickle(path)
-    if not _torch().is_tensor(content):
+    content = pickles.read(path)
+    if not import_torch().is_tensor(content):
         raise InputError(f"{path} holds {type(content).__name__}; expected a tensor")
     return content.numpy()
 
@@ -107,7 +112,7 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
             metadata = {"format": "pt", _NOTE: json.dumps(note)}
             safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
         else:
-            torch = _torch()
+            torch = import_torch()
             tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
             torch.save({"state_dict": tensors, _NOTE: note}, temporary)
         os.replace(temporary, path)
@@ -124,78 +129,84 @@ def check_name(path: pathlib.Path) -> None:
         raise InputError(f"{path} exists; choose another --output or remove it")
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, dict[str, Any] | None]:
+def _in_folder(path: pathlib.Path) -> pathlib.Path | None:
+    return next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+
+
+def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[Any, Any], Any]:
+    """Returns what a file holds, as it holds it, and the note in it."""
+    start = _start_of(path)
+    is_torch = start.startswith((b"PK", b"\x80"))  # a zip archive or, formerly, a bare pickle
+    if _starts_safetensors(start) or (path.suffix == ".safetensors" and not is_torch):
+        return _read_safetensors(path)
+    if start.startswith(b"{") and may_be_index:
+        return _read_shards(path), None
+    content = pickles.read(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
+    return content, content.get(_NOTE)
+
+
+def _start_of(path: pathlib.Path) -> bytes:
+    """Returns the first bytes of a file that can be one of weights."""
+    try:
+        # To open a pipe would wait until somebody writes into it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is a pipe, a device or a folder; expected a file of weights")
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if not _starts_safetensors(start):
+        if start.lstrip().startswith(b"<"):
+            raise InputError(f"{path} is a web page, not weights; download the file itself")
+        if start.startswith(b"version https://git-lfs"):
+            raise InputError(f"{path} stands for a file that Git LFS has; fetch it: git lfs pull")
+    return start
+
+
+def _starts_safetensors(start: bytes) -> bool:
+    """Returns whether a file begins with the length of a JSON object, and with that object."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             note = (file.metadata() or {}).get(_NOTE)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return as_arrays(tensors), note and json.loads(note)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+        return tensors, note and json.loads(note)
+    except AttributeError as error:  # safetensors looks the type up in NumPy
+        raise InputError(
+            f"{path} has tensors that cannot be read ({error}); expected float32, float64, float16 "
+            "or bfloat16: save it again as such"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes raise
+        raise InputError(
+            f"{path} is damaged or not a safetensors file: {shown(error, 200)}"
+        ) from error
 
 
-def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
-    content = _unpickle(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}; expected a dictionary of tensors")
-    return content
-
-
-def _unpickle(path: pathlib.Path) -> Any:
-    torch = _torch()
+def _read_shards(path: pathlib.Path) -> dict[str, Any]:
+    """Reads the files that an index names, `model.safetensors.index.json` or of `.bin`."""
     try:
-        # The authors saved their command line beside the weights; it is data.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
-        if match := _REFUSED.search(str(error)):
+        index = json.loads(path.read_bytes())["weight_map"]
+        files = {name: set[str]() for name in sorted(set(index.values()))}
+        for name, file in index.items():
+            files[file].add(name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no index of weights: expected a weight_map from names to files"
+        ) from error
+    content: dict[str, Any] = {}
+    for file, names in files.items():
+        if pathlib.PurePath(file).name != file:
+            raise InputError(f"{path} names {shown(file)}; expected a file in the same folder")
+        shard, _ = _content(path.with_name(file), may_be_index=False)
+        if missing := sorted(names - shard.keys()):
             raise InputError(
-                f"{path} is refused: it asks for {match[1]} to be run, and weights have no need "
-                "of that. If you trust where it is from, save its tensors alone"
-            ) from error
-        raise InputError(
-            f"{path} is damaged or not a file of PyTorch weights; nothing in it was run"
-        ) from error
-
-
-def _choose(content: dict[str, Any], path: pathlib.Path, *, ema: bool) -> StateDict:
-    """Picks the state dict out of what training saved."""
-    torch = _torch()
-    averages = [key for key in _AVERAGES if key in content]
-    weights = [key for key in _WEIGHTS if isinstance(content.get(key), dict)]
-    if ema and not averages:
-        known = ", ".join(map(str, list(content)[:6]))
-        raise InputError(f"{path} has no moving average (it has {known}); leave out --ema")
-    keys = averages if ema or not weights else weights
-    chosen = content[keys[0]] if keys else content
-    tensors = {k: v for k, v in chosen.items() if isinstance(k, str) and torch.is_tensor(v)}
-    if not tensors:
-        known = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise InputError(
-            f"{path} has no weights: expected tensors, or a dictionary of them under one of "
-            f"{', '.join(_WEIGHTS + _AVERAGES)}; it has {known}"
-        )
-    return as_arrays(tensors)
-
-
-def _as_array(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (
-            value.float() if value.is_floating_point() and value.itemsize < 4 else value
-        ).numpy()
-    array = np.asarray(value)
-    is_half = array.dtype.itemsize < 4 and array.dtype.kind not in "iub"
-    return array.astype(np.float32) if is_half else array
-
-
-def _torch() -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            "files of PyTorch are read and written with PyTorch, which is not installed: "
-            "pip install torch==2.13.0, or use a .safetensors file"
-        ) from error
-    return torch
+                f"{path.with_name(file)} lacks {shown(missing[0])} and "
+                f"{len(missing) - 1} more that {path.name} says are in it"
+            )
+        content |= {name: shard[name] for name in names}
+    return content

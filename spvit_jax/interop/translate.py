@@ -12,11 +12,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spvit_jax.errors import InputError, check_shapes
+from spvit_jax.errors import InputError, check_shapes, some
 from spvit_jax.interop.layouts import Row, Shape
 from spvit_jax.interop.tables import DIALECTS, Dialect, rows_of
 from spvit_jax.models import ModelConfig, SwinConfig, ViTConfig
 from spvit_jax.models.naming import shapes_of
+from spvit_jax.models.resize import HEADS
 
 # Buffers that follow from the model or are not used by it.
 _BUFFERS = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
@@ -24,7 +25,11 @@ _BATCH_NORM = re.compile(r"(.*)\.running_mean$")
 
 
 def to_ours(
-    state_dict: Mapping[str, np.ndarray], like: ModelConfig, where: object = "the state dict"
+    state_dict: Mapping[str, np.ndarray],
+    like: ModelConfig,
+    where: object = "the state dict",
+    *,
+    may_lack_heads: bool = False,
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Reads a state dict of PyTorch.
 
@@ -33,17 +38,23 @@ def to_ours(
       like: the model that it is expected to be of. Its number of classes, resolution and kinds
         of layers are taken from the state dict instead.
       where: what to call the state dict in an error.
+      may_lack_heads: whether heads may be missing, as in a backbone.
 
     Returns:
       The model that the state dict is of, and its arrays as in `models.naming.arrays_of`.
 
     Raises:
-      InputError: it is of another model; shows all names in which it differs together.
+      InputError: it is of another model, of which all names in which it differs are shown
+        together, or has values that are no finite floating-point numbers.
     """
     given = {name: array for name, array in state_dict.items() if not _BUFFERS.search(name)}
     config = _recognise({name: array.shape for name, array in given.items()}, like)
     rows = _rows_nearest(config, given)
+    if may_lack_heads:
+        absent = _absent_heads(rows, given)
+        rows = [row for row in rows if _part(row) not in absent]
     _check(_their_shapes(config, rows), _shapes(given), config, where)
+    _check_values(given, where)
     shapes = shapes_of(config)
     arrays = {}
     for row in rows:
@@ -92,6 +103,16 @@ def _rows_nearest(config: ModelConfig, given: Mapping[str, np.ndarray]) -> list[
     return min((_rows(config, dialect) for dialect in DIALECTS), key=distance)
 
 
+def _absent_heads(rows: list[Row], given: Mapping[str, np.ndarray]) -> set[str]:
+    """Returns the heads of which nothing is given."""
+    present = {_part(row) for row in rows if not given.keys().isdisjoint(row.theirs)}
+    return set(HEADS) - present
+
+
+def _part(row: Row) -> str:
+    return row.ours.partition("/")[0]
+
+
 def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, Shape]:
     return {name: array.shape for name, array in arrays.items()}
 
@@ -120,6 +141,27 @@ def _check(
     check_shapes(expected, given, where)
 
 
+def _check_values(arrays: Mapping[str, np.ndarray], where: object) -> None:
+    """Raises an `InputError` unless all values are finite floating-point numbers."""
+    others = [f"{name} {array.dtype}" for name, array in arrays.items() if array.dtype.kind != "f"]
+    if others:
+        raise InputError(
+            f"{where} has weights of another kind than floating-point numbers: {some(others)}"
+        )
+    # What float64 holds may be too large for the model's float32.
+    with np.errstate(over="ignore"):
+        counts = {
+            name: array.size - np.count_nonzero(np.isfinite(array.astype(np.float32, copy=False)))
+            for name, array in arrays.items()
+        }
+    if total := sum(counts.values()):
+        names = [f"{name} {count}" for name, count in counts.items() if count]
+        raise InputError(
+            f"{where} has {total} values that are NaN or infinite: {some(names)}; it is damaged or "
+            "from a training that diverged, so take an earlier one"
+        )
+
+
 def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
     """Returns the model with the classes, resolution and kinds of layers of a state dict."""
     for name in ("head.weight", "head.fc.weight"):
@@ -138,21 +180,26 @@ def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig
     """Takes the number of SP-SA layers, and with it where the class token enters, from the names.
 
     The authors' L model leaves SP-SA out and yet adds the class token late, so that only the rows
-    of the position embedding tell it from a model whose class token is there from the start; they
-    had square grids only, and of two successive numbers only one can be a square.
+    of the position embedding tell it from a model whose class token is there from the start. The
+    grid of the model decides if either fits it; otherwise the grid is a square, and of two
+    successive numbers only one can be that.
     """
     spatial = sum(f"blocks.{layer}.attn.qk.weight" in shapes for layer in range(like.depth))
     if spatial == like.spatial_layers or spatial >= like.depth:
         return like
-    late = None
-    if spatial == 0 and _is_square(rows):
+    patches, late = math.prod(like.grid), None
+    fits = rows in (patches, patches + like.num_prefix)
+    if spatial == 0 and (rows == patches if fits else _is_square(rows)):
         late = like.late
     return dataclasses.replace(like, spatial_layers=spatial, class_token_layer=late)
 
 
 def _with_grid(rows: int, like: ModelConfig) -> ModelConfig:
-    """Takes the resolution from the number of patches that have a position, if it is a square."""
-    if not _is_square(rows):
+    """Takes the resolution from the number of patches that have a position.
+
+    A grid of the model that has as many is kept; otherwise the number must be a square.
+    """
+    if rows == math.prod(like.grid) or not _is_square(rows):
         return like
     return dataclasses.replace(like, image_size=math.isqrt(rows) * like.patch_size)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,11 @@ from spvit_jax.models.spatial import Grid
 from spvit_jax.models.swin import SwinConfig
 
 _A = -0.75  # torch's cubic; jax.image.resize has -0.5
-_HEADS = ("head", "dist_head", "dense_head")
+HEADS = ("head", "dist_head", "dense_head")
+_SAY_SO = (
+    "to begin with a new head, say so (--num_classes of the convert command, "
+    "config.init_new_head of training, new_head=True in Python)"
+)
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
@@ -72,9 +76,10 @@ def adapt(
     """Makes a model's weights those of the same model at another resolution or class count.
 
     Args:
-      arrays: of the source, as in `naming.arrays_of`.
+      arrays: of the source, as in `naming.arrays_of`; heads may be missing.
       source: the model that the arrays are of.
-      target: the model to make; heads with another number of classes are new, as initialised.
+      target: the model to make; heads that are missing or have another number of classes are new,
+        as initialised.
       where: what to call the source in an error.
 
     Returns:
@@ -88,7 +93,7 @@ def adapt(
 
     def one(name: str, array: jax.Array) -> jax.Array:
         shape = shapes[name]
-        if name.split("/")[0] in _HEADS and array.shape != shape:
+        if is_head(name) and array.shape != shape:
             return _new_head(name, shape).astype(array.dtype)
         if name == "pos_embed" and source.grid != target.grid:
             num_prefix = array.shape[1] - source.grid[0] * source.grid[1]
@@ -97,7 +102,9 @@ def adapt(
             return resize_offset_table(array, shape)
         return array
 
-    return {name: one(name, jnp.asarray(array)) for name, array in arrays.items()}
+    adapted = {name: one(name, jnp.asarray(array)) for name, array in arrays.items()}
+    missing = {name for name in shapes.keys() - arrays.keys() if is_head(name)}
+    return adapted | {name: _new_head(name, shapes[name]) for name in missing}
 
 
 def check_adaptable(source: ModelConfig, target: ModelConfig, where: str) -> None:
@@ -120,9 +127,20 @@ def check_classes(
     if source.num_classes != target.num_classes and not may_replace:
         raise InputError(
             f"{where} has a head of {source.num_classes} classes, and {target.num_classes} are "
-            "asked for; to begin with a new head, say so (--num_classes of the convert command, "
-            "config.init_new_head of training, new_head=True in Python)"
+            f"asked for; {_SAY_SO}"
         )
+
+
+def check_heads(missing: Collection[str], where: str, *, may_replace: bool) -> None:
+    """Raises an `InputError` if heads are missing and may not be new."""
+    if missing and not may_replace:
+        names = ", ".join(sorted(missing))
+        raise InputError(f"{where} lacks the weights of {names}; {_SAY_SO}")
+
+
+def is_head(name: str) -> bool:
+    """Returns whether an array is one of a classifier's."""
+    return name.partition("/")[0] in HEADS
 
 
 def _new_head(name: str, shape: tuple[int, ...]) -> jax.Array:

@@ -2,18 +2,14 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.interop import DIALECTS, load_torch, to_ours, to_theirs, to_torch
+from spvit_jax.interop import DIALECTS, to_ours, to_theirs
 from spvit_jax.interop.files import as_arrays
 from spvit_jax.models import model_config
-from spvit_jax.models.naming import arrays_of, shapes_of
-from tests.interop.photographs import photographs
+from spvit_jax.models.naming import shapes_of
 from tests.interop.torch_models import TorchViT, build_timm, randomise
 
 VIT = {"depth": 3, "dim": 24, "num_heads": 3, "image_size": 48, "num_classes": 7}
@@ -160,32 +156,66 @@ def test_a_grid_that_is_neither_square_nor_the_models_is_asked_for():
     assert to_ours(state_dict, source)[0] == source
 
 
-def small_model(**overrides):
-    return model_config("deit_ti", **(VIT | overrides)).build(nnx.Rngs(0))
+def test_weights_are_finite_floating_point_numbers():
+    config, module = CASES["deit_s"]
+    state_dict = as_arrays(module.state_dict())
+    broken = state_dict["head.weight"].copy()
+    broken[0, :3], broken[1, 1] = np.nan, -np.inf
+    large = np.full(7, 1e300)  # infinite as soon as it is float32
+    spoilt = state_dict | {"head.weight": broken, "head.bias": large}
+    words = r"has 11 values that are NaN or infinite: head\.\w+ \d, head\.\w+ \d;"
+    with pytest.raises(InputError, match=words):
+        to_ours(spoilt, config)
+    for dtype in (np.int64, np.uint8, np.bool_, np.complex64):
+        other = state_dict | {"norm.bias": np.ones(24, dtype)}
+        with pytest.raises(InputError, match=f"floating-point numbers: norm.bias {dtype.__name__}"):
+            to_ours(other, config)
 
 
-def test_load_torch_puts_weights_into_a_model():
-    config = model_config("deit_ti", **VIT)
-    module = randomise(TorchViT(config))
-    model = small_model()
-    load_torch(model, {f"module.{name}": v for name, v in module.state_dict().items()})
-    same(to_torch(model), as_arrays(module.state_dict()))
-    logits = jax.jit(lambda m, x: m(x))(model, jnp.asarray(photographs(48), jnp.float32))
-    assert logits.shape == (2, 7)
-    larger = small_model(image_size=(48, 80))
-    load_torch(larger, module.state_dict())
-    assert larger.pos_embed.shape == (1, 16, 24)
+# Grids that are no squares and have a square's number of patches: 4×9 is 6×6, 2×8 is 4×4.
+ODD = [
+    ("deit_s", {"image_size": (64, 144)}),
+    ("deit_s_distilled", {"image_size": (144, 64)}),
+    ("mait_s_layerscale", {"image_size": (32, 128)}),
+    ("lvvit_s", STEM | {"image_size": (64, 144)}),
+    ("spvit_s", STEM | {"image_size": (144, 64), "spatial_layers": 2}),
+    ("spvit_l", STEM | {"image_size": (64, 144), "spatial_layers": 0, "class_token_layer": 2}),
+    ("cait_s24", {"image_size": (64, 144)}),
+]
 
 
-def test_load_torch_leaves_the_model_alone_when_it_does_not_fit():
-    module = TorchViT(model_config("deit_ti", **VIT))
-    model = small_model(num_classes=9)
-    before = jax.tree.map(jnp.copy, arrays_of(model))
-    with pytest.raises(InputError, match="a head of 7 classes, and 9 are asked for"):
-        load_torch(model, module.state_dict())
-    deeper = small_model(depth=4)
-    with pytest.raises(InputError, match=r"Missing: blocks\.3\.norm1\.weight"):
-        load_torch(deeper, module.state_dict())
-    same(arrays_of(model), before)
-    load_torch(model, module.state_dict(), new_head=True)
-    assert arrays_of(model)["head/kernel"].shape == (24, 9)
+@pytest.mark.parametrize(("name", "settings"), ODD)
+def test_a_grid_that_fits_is_kept(name, settings):
+    """In and out again, whether or not its number of patches is a square's."""
+    config = model_config(name, **(VIT | settings))
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.normal(size=leaf.shape).astype(np.float32)
+        for name, leaf in shapes_of(config).items()
+    }
+    for dialect in DIALECTS:
+        found, again = to_ours(to_theirs(arrays, config, dialect), config)
+        assert found == config
+        same(again, arrays)
+
+
+def test_swins_window_that_fits_is_kept():
+    swin = {"num_classes": 7, "depths": (2, 2), "dim": 24, "window": 5}
+    config = model_config("swin_t", image_size=(4, 20), **swin)
+    assert shapes_of(config)["blocks/0/attn/position/table"].shape[1:] == (1, 9)  # or 3×3
+    arrays = {k: np.ones(leaf.shape, np.float32) for k, leaf in shapes_of(config).items()}
+    table = arrays["blocks/0/attn/position/table"]
+    table[:] = np.arange(table.size).reshape(table.shape)
+    found, again = to_ours(to_theirs(arrays, config), config)
+    assert found == config
+    same(again, arrays)
+
+
+def test_the_kind_of_layers_is_read_on_a_grid_that_is_no_square():
+    """L without SP-SA, whose class token has no position, told from one whose token has."""
+    settings = STEM | {"image_size": (64, 80), "depth": 5}
+    like = model_config("spvit_l", **(settings | {"spatial_layers": 3}))
+    for late in (0, 3):
+        source = dataclasses.replace(like, spatial_layers=0, class_token_layer=late)
+        found, _ = to_ours(as_arrays(TorchViT(source).state_dict()), like)
+        assert (found.late, found.grid) == (late, (4, 5))

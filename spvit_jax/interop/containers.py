@@ -1,0 +1,128 @@
+"""What people's files have around the weights: dictionaries, prefixes of names, counters.
+
+Each table here is one kind of thing; a new one that somebody brings is one more row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spvit_jax.errors import InputError, shown
+
+# The keys under which training saves weights, and whether these are a moving average of them.
+CONTAINERS = {
+    "state_dict": False,
+    "model_state_dict": False,
+    "model": False,
+    "net": False,
+    "module": False,
+    "state_dict_ema": True,
+    "model_ema": True,
+    "ema": True,
+    "teacher": True,  # of self-distillation, where it is the student's average
+}
+# What wrappers put before the names: data-parallel training, torch.compile, a larger module.
+# torch.compile of a part of a model does so in the middle of them.
+_PREFIXES = ("module", "_orig_mod", "model", "net", "backbone")
+_WRAPPER = re.compile(rf"^(?:(?:{'|'.join(_PREFIXES)})\.)+|(?<=\.)_orig_mod\.")
+# `torch.optim.swa_utils.AveragedModel` counts what it has averaged beside the average.
+_COUNTER = "n_averaged"
+_DEEPEST = 4  # containers in each other; a pickle may contain itself
+
+
+class Unwrapped(NamedTuple):
+    """One set of weights out of what training saved.
+
+    Attributes:
+      tensors: of PyTorch or arrays, under names without prefixes.
+      is_average: whether they are a moving average.
+      has_average: whether there is one, taken or not.
+      changes: what was done, for the log.
+    """
+
+    tensors: dict[str, Any]
+    is_average: bool
+    has_average: bool
+    changes: list[str]
+
+
+class _Set(NamedTuple):
+    keys: tuple[str, ...]  # of the containers around it
+    is_average: bool
+    tensors: dict[str, Any]
+
+
+def unwrap(content: Mapping[Any, Any], where: object, *, ema: bool = False) -> Unwrapped:
+    """Finds the weights in what training saved.
+
+    Args:
+      content: a state dict, or dictionaries around one or several.
+      where: what to call it in an error.
+      ema: whether to take the moving average of the weights that is beside them.
+
+    Raises:
+      InputError: there are none, there are several that could be meant, or there is no average.
+    """
+    found = list(_sets(content))
+    averages = [one for one in found if one.is_average]
+    plain = [one for one in found if not one.is_average]
+    known = ", ".join(shown(key) for key in list(content)[:6]) or "nothing"
+    if not found:
+        raise InputError(
+            f"{where} has no weights: expected tensors, or a dictionary of them under one of "
+            f"{', '.join(CONTAINERS)}; it has {known}"
+        )
+    if ema and not averages:
+        raise InputError(f"{where} has no moving average (it has {known}); leave out --ema")
+    candidates = averages if ema or not plain else plain
+    if len(candidates) > 1:
+        several = ", ".join(".".join(one.keys) for one in candidates)
+        raise InputError(f"{where} holds several sets of weights: {several}; keep one of them")
+    chosen = candidates[0]
+    changes = [f"took {'.'.join(chosen.keys)}"] if chosen.keys else []
+    tensors, renamed = _without_prefixes(chosen.tensors, where)
+    return Unwrapped(tensors, chosen.is_average, bool(averages), changes + renamed)
+
+
+def is_tensor(value: object) -> bool:
+    """Returns whether something is a tensor of PyTorch or an array."""
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
+
+
+def _sets(
+    content: Mapping[Any, Any], keys: tuple[str, ...] = (), is_average: bool = False
+) -> Iterator[_Set]:
+    """Yields the innermost dictionaries of tensors."""
+    inside = [
+        one
+        for key, holds_average in CONTAINERS.items()
+        if isinstance(content.get(key), Mapping) and len(keys) < _DEEPEST
+        for one in _sets(content[key], (*keys, key), is_average or holds_average)
+    ]
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and is_tensor(v)}
+    if inside:
+        yield from inside
+    elif tensors:
+        yield _Set(keys, is_average or _COUNTER in tensors, tensors)
+
+
+def _without_prefixes(
+    tensors: Mapping[str, Any], where: object
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns tensors without wrappers' prefixes and counters, and what was done."""
+    given = [name for name in tensors if name != _COUNTER]
+    bare = {name: _WRAPPER.sub("", name) for name in given}
+    if len(set(bare.values())) < len(bare):
+        name = next(name for name, count in Counter(bare.values()).items() if count > 1)
+        both = " and ".join(shown(long) for long, short in bare.items() if short == name)
+        raise InputError(f"{where} holds several sets of weights: {both}; keep one of them")
+    removed = dict.fromkeys(part for name in given for part in _WRAPPER.findall(name))
+    changes = [f"took {', '.join(removed)} off the names"] if removed else []
+    if len(given) < len(tensors):
+        changes.append(f"left out {_COUNTER}")
+    return {short: tensors[name] for name, short in bare.items()}, changes
