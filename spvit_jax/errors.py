@@ -7,7 +7,7 @@ exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class InputError(ValueError):
@@ -40,8 +40,8 @@ def check_shapes(
     ]
     if missing or unexpected or reshaped:
         raise InputError(
-            f"{where} is of another model. Missing: {_some(missing)}. "
-            f"Unexpected: {_some(unexpected)}. Wrong shape: {_some(reshaped)}."
+            f"{where} is of another model. Missing: {some(missing)}. "
+            f"Unexpected: {some(unexpected)}. Wrong shape: {some(reshaped)}."
         )
 
 
@@ -49,6 +49,7 @@ def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a number"
 
 
-def _some(names: list[str], most: int = 6) -> str:
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Returns the first of many names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest

@@ -67,7 +67,12 @@ def resize_offset_table(table: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def adapt(
-    arrays: Mapping[str, Any], source: ModelConfig, target: ModelConfig, where: str = "the source"
+    arrays: Mapping[str, Any],
+    source: ModelConfig,
+    target: ModelConfig,
+    where: str = "the source",
+    *,
+    new_head: bool = False,
 ) -> dict[str, jax.Array]:
     """Makes a model's weights those of the same model at another resolution or class count.
 
@@ -76,6 +81,7 @@ def adapt(
       source: the model that the arrays are of.
       target: the model to make; heads with another number of classes are new, as initialised.
       where: what to call the source in an error.
+      new_head: whether heads are new even with the same number of classes.
 
     Returns:
       Arrays with the names and shapes of the target.
@@ -88,7 +94,7 @@ def adapt(
 
     def one(name: str, array: jax.Array) -> jax.Array:
         shape = shapes[name]
-        if name.split("/")[0] in _HEADS and array.shape != shape:
+        if name.split("/")[0] in _HEADS and (new_head or array.shape != shape):
             return _new_head(name, shape).astype(array.dtype)
         if name == "pos_embed" and source.grid != target.grid:
             num_prefix = array.shape[1] - source.grid[0] * source.grid[1]
