@@ -6,7 +6,7 @@ import io
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -61,7 +61,8 @@ def decode_other(encoded: tf.Tensor) -> tf.Tensor:
     """
 
     def by_pillow() -> tf.Tensor:
-        image = tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8, stateful=False)
+        scalar = tf.convert_to_tensor(encoded)  # NumPy's own texts lose the zeros at their end
+        image = tf.numpy_function(_decode_by_pillow, [scalar], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (None, None, 3))
 
     def by_tensorflow() -> tf.Tensor:
@@ -83,8 +84,15 @@ def too_large(encoded: bytes) -> str:
     return ""
 
 
-def _decode_by_pillow(encoded: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded), formats=_BY_PILLOW) as image:
+def _decode_by_pillow(scalar: bytes | np.ndarray) -> np.ndarray:
+    encoded = np.asarray(scalar, object).item()  # outside of a graph it is an array
+    if words := too_large(encoded):
+        raise ValueError(words)
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=_BY_PILLOW)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"damaged, or none of {', '.join(_BY_PILLOW)}") from error
+    with image:
         if image.mode.startswith("I;16"):  # Pillow would make white of all that is not black
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=-1)

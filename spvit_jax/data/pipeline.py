@@ -345,7 +345,7 @@ class _Reader:
             }
             try:
                 make(example, tf.constant(ordinal, tf.int64))
-            except tf.errors.OpError as error:  # which calls what is too large damaged
+            except tf.errors.OpError as error:  # which says damaged of what is too large
                 words = decode.too_large(example["encoded"].numpy())
                 return ValueError(words) if words else error
         except (tf.errors.OpError, *_UNREADABLE) as error:
