@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from spvit_jax import cli
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
+from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError
 from spvit_jax.interop import DIALECTS, Dialect, files, to_theirs
 from spvit_jax.models import ModelConfig, ViTConfig, model_config
@@ -34,6 +35,8 @@ from spvit_jax.models.complexity import count_parameters
 from spvit_jax.models.resize import check_adaptable
 from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.state import Variables
+
+Writer = Callable[[pathlib.Path, Variables, ModelConfig, ClassNames | None], None]
 
 
 def convert(
@@ -45,7 +48,7 @@ def convert(
     num_classes: int | None = None,
     which: str = "best",
     weights: str = "auto",
-    write: Callable[[pathlib.Path, Variables, ModelConfig], None],
+    write: Writer,
 ) -> ModelConfig:
     """Reads weights, takes them to another resolution or class count, and writes them.
 
@@ -77,12 +80,19 @@ def convert(
     if num_classes is not None:
         model = dataclasses.replace(model, num_classes=num_classes)
     found.check(model, new_head=num_classes is not None)
-    write(output, found.load(model, sharding.make_mesh(-1, 1)), model)
+    same = model.num_classes == found.config.num_classes
+    variables = found.load(model, sharding.make_mesh(-1, 1))
+    write(output, variables, model, found.class_names if same else None)
     _report(found, model, output)
     return model
 
 
-def write_checkpoint(output: pathlib.Path, variables: Variables, model: ModelConfig) -> None:
+def write_checkpoint(
+    output: pathlib.Path,
+    variables: Variables,
+    model: ModelConfig,
+    class_names: ClassNames | None = None,
+) -> None:
     """Writes a workdir with one checkpoint, whole or not at all.
 
     Raises:
@@ -91,7 +101,7 @@ def write_checkpoint(output: pathlib.Path, variables: Variables, model: ModelCon
     temporary = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_variables(temporary, variables, model)
+        checkpoint.save_variables(temporary, variables, model, class_names)
         temporary.rename(output)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error}") from error
@@ -100,9 +110,15 @@ def write_checkpoint(output: pathlib.Path, variables: Variables, model: ModelCon
 
 
 def write_torch(
-    output: pathlib.Path, variables: Variables, model: ModelConfig, *, dialect: Dialect
+    output: pathlib.Path,
+    variables: Variables,
+    model: ModelConfig,
+    class_names: ClassNames | None = None,
+    *,
+    dialect: Dialect,
 ) -> None:
     """Writes a `.pth` or `.safetensors` file under the names of PyTorch; as `files.write`."""
+    del class_names  # which such files do not hold
     arrays = {name: np.asarray(leaf) for name, leaf in weights_lib.arrays_of(variables).items()}
     files.write(output, to_theirs(arrays, model, dialect), model.to_dict())
 
@@ -151,7 +167,7 @@ def main() -> None:
     def run() -> None:
         image_size = _parse_size(size.value)
         target = pathlib.Path(output.value)
-        write: Callable[[pathlib.Path, Variables, ModelConfig], None] = write_checkpoint
+        write: Writer = write_checkpoint
         if reverse.value:
             files.check_name(target)
             write = functools.partial(write_torch, dialect=cast(Dialect, names.value))

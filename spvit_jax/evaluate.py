@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, plan
+from spvit_jax import classes, cli, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
@@ -41,7 +41,8 @@ def evaluate_checkpoint(
       path: a workdir of training, one checkpoint in it, or a `.pth` or `.safetensors` file.
       which: as in `weights.find`.
       weights: as in `weights.find`.
-      split: of the data set; the configuration's `data.eval_split` if None.
+      split: of the data set; the configuration's `data.eval_split` if None. Its classes
+        are numbered by their names as the checkpoint's; without names there, the training split's.
 
     Returns:
       `top1`, `top5`, `loss`, `count`, and `images_per_second` once compiled.
@@ -53,14 +54,19 @@ def evaluate_checkpoint(
     plan.check_names(config)
     data = config.data
     source = datasets.for_evaluation(data, split or data.eval_split)
-    model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     cluster.agree(
         config_lib.flatten({"config": config.to_dict()})
+        | {"classes": classes.fingerprint(source.class_names)}
         | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     cluster.connect(mesh)
-    found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
+    like = config_lib.model_settings(config, num_classes=source.num_classes)
+    found = weights_lib.find(path, like, which=which, weights=weights)
+    source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
+    model_config = config_lib.model_settings(config, num_classes=source.num_classes)
+    model_config = found.fit(model_config)
+    found.check(model_config)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)
     eval_fn = jax.jit(sharding.on_mesh(mesh, eval_step, recipe=recipe))

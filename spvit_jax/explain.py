@@ -149,8 +149,12 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     plan.check_names(config)
     data = config.data
     source = datasets.for_evaluation(data, data.eval_split)
+    like = config_lib.model_settings(config, num_classes=source.num_classes)
+    found = weights.find(path, like)
+    source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    found, model_config = weights.find_fitting(path, model_config)
+    model_config = found.fit(model_config)
+    found.check(model_config)
     model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
 
     with pipeline.eval_batches(

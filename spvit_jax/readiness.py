@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
 from spvit_jax import weights
+from spvit_jax.classes import ClassNames
 from spvit_jax.data import datasets, sources
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
@@ -52,10 +53,10 @@ class Check:
 class _ImageNet:
     """ImageNet-1K by its numbers alone, where the data are not; a `Source` to be counted."""
 
-    num_classes = 1000
     several_labels = False
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, class_names: ClassNames):
+        self.class_names, self.num_classes = class_names, len(class_names)
         self._size = _IMAGENET[split]
 
     def __len__(self) -> int:
@@ -79,12 +80,14 @@ def check_data(config: ConfigDict) -> tuple[DataFacts, list[Check]]:
     splits = {data.train_split, data.eval_split} - {datasets.MINIVAL}
     folder = data.dataset.startswith("folder:")
     whole: Any
-    if folder or sources.builder_of(data.dataset, data.data_dir).is_prepared():
+    builder = None if folder else sources.builder_of(data.dataset, data.data_dir)
+    if builder is None or builder.is_prepared():
         whole = datasets.load(data.dataset, data.train_split, data.data_dir)
-        num_eval = len(datasets.for_evaluation(data, data.eval_split))
+        evaluated = datasets.for_evaluation(data, data.eval_split)
+        num_eval = len(datasets.numbered(evaluated, whole.class_names, "the training data"))
         state, words = OK, data.dataset if folder else f"{data.dataset} in {data.data_dir}"
     elif data.dataset == "imagenet2012" and splits <= set(_IMAGENET):
-        whole = _ImageNet(data.train_split)
+        whole = _ImageNet(data.train_split, tuple(builder.info.features["label"].names))
         num_eval = _IMAGENET.get(data.eval_split, 0)
         state, words = ABSENT, f"no {data.dataset} in {data.data_dir}; planned with"
     else:
@@ -99,11 +102,11 @@ def check_data(config: ConfigDict) -> tuple[DataFacts, list[Check]]:
     checks, label_map = [Check("data", state, words)], None
     if config.token_labels.path:
         label_map, check = _check(
-            "token labels", lambda: _label_maps(config, len(whole), whole.num_classes)
+            "token labels", lambda: _label_maps(config, len(whole), whole.class_names)
         )
         label_map = label_map or _PUBLISHED_LABEL_MAP
         checks.append(check)
-    return DataFacts(num_train, num_eval, whole.num_classes, label_map), checks
+    return DataFacts(num_train, num_eval, whole.num_classes, label_map, whole.class_names), checks
 
 
 def check_teacher(config: ConfigDict) -> ModelConfig | None:
@@ -138,16 +141,16 @@ def _check(what: str, look: Callable[[], tuple[T, str]]) -> tuple[T | None, Chec
 
 
 def _label_maps(
-    config: ConfigDict, num_examples: int, classes: int
+    config: ConfigDict, num_examples: int, class_names: ClassNames
 ) -> tuple[tuple[int, int, int], str]:
     maps = LabelMaps(pathlib.Path(config.token_labels.path))
-    maps.check(num_examples, classes)
+    maps.check(num_examples, class_names)
     return maps.shape, f"{config.token_labels.path}, {len(maps):,} maps"
 
 
 def _init_from(run: Run) -> tuple[None, str]:
     found = weights.find(pathlib.Path(run.config.init_from), run.model)
-    found.check(run.model, new_head=run.config.init_new_head)
+    found.check(run.model, new_head=run.config.init_new_head, class_names=run.data.class_names)
     return None, f"{found.where} fits {run.config.model.name}"
 
 

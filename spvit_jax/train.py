@@ -19,8 +19,9 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, logs, plan, weights
+from spvit_jax import classes, cli, logs, plan, weights
 from spvit_jax import config as config_lib
+from spvit_jax.classes import ClassNames
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
 from spvit_jax.data.sources import Source
@@ -58,7 +59,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     whole = datasets.load(config.data.dataset, config.data.train_split, config.data.data_dir)
     label_maps = _open_label_maps(config, whole)
     train_source = datasets.for_training(whole, config.data, seed=config.seed)
-    eval_source = datasets.for_evaluation(config.data, config.data.eval_split)
+    class_names = train_source.class_names
+    eval_source = datasets.numbered(
+        datasets.for_evaluation(config.data, config.data.eval_split),
+        class_names,
+        "the training data",
+    )
 
     # ── Configuration: durations become steps, and everything is checked ─────────────────────────
     config = config_lib.resolve(config, num_examples=len(train_source))
@@ -71,6 +77,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     cluster.agree(
         config_lib.flatten({"config": config.to_dict()})
         | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
+        | {"classes": classes.fingerprint(class_names)}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     cluster.connect(mesh)
@@ -83,10 +90,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     init_from = None
     if config.init_from and not in_use:
         init_from = weights.find(pathlib.Path(config.init_from), model_config)
-        init_from.check(model_config, new_head=config.init_new_head)
+        init_from.check(model_config, new_head=config.init_new_head, class_names=class_names)
     teacher = None
     if config.distill.teacher:
-        teacher = _load_teacher(pathlib.Path(config.distill.teacher), model_config, mesh)
+        teacher = _load_teacher(
+            pathlib.Path(config.distill.teacher), model_config, class_names, mesh
+        )
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
     program = program_lib.build(config, model_config, recipe, mesh)
@@ -98,7 +107,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         state = program.create()
         if init_from is None:
             return state, "scratch"
-        variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
+        variables = init_from.load(
+            model_config, mesh, preset=config.mesh.sharding, class_names=class_names
+        )
         return state_lib.with_variables(state, variables), init_from.where
 
     train_batches = functools.partial(
@@ -125,6 +136,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
     if not dry_run:
         config_lib.claim_workdir(workdir, config, in_use=in_use, write=cluster.is_primary())
+        classes.claim_workdir(workdir, class_names, in_use=in_use, write=cluster.is_primary())
         cluster.check_shared(workdir)
     logs.start_run(None if dry_run else workdir)
     report.summarize(
@@ -159,6 +171,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         checkpoint.Checkpoints(
             workdir,
             model_config,
+            class_names,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         ) as checkpoints,
@@ -222,11 +235,13 @@ def _open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
             "config.augment.cutmix=0, and augment.mix_token for MixToken"
         )
     label_maps = LabelMaps(pathlib.Path(config.token_labels.path))
-    label_maps.check(len(source), source.num_classes)
+    label_maps.check(len(source), source.class_names)
     return label_maps
 
 
-def _load_teacher(path: pathlib.Path, student: ModelConfig, mesh: Mesh) -> state_lib.Variables:
+def _load_teacher(
+    path: pathlib.Path, student: ModelConfig, class_names: ClassNames, mesh: Mesh
+) -> state_lib.Variables:
     """Reads the model whose labels a distilled one learns, at the student's resolution."""
     if not getattr(student, "distilled", False):
         raise InputError(
@@ -236,6 +251,7 @@ def _load_teacher(path: pathlib.Path, student: ModelConfig, mesh: Mesh) -> state
     found = weights.find(path, None)
     model = dataclasses.replace(found.config, image_size=student.image_shape)
     check_classes(found.config, student, found.where, may_replace=False)
+    found.check_class_names(class_names, "choose a teacher of the same classes")
     return found.load(model, mesh)
 
 

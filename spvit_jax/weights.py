@@ -21,6 +21,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from spvit_jax import classes
+from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError
 from spvit_jax.interop import files
 from spvit_jax.interop.containers import unwrap
@@ -51,12 +53,14 @@ class Weights:
       config: the model, as it was trained.
       read: reads the arrays under their names onto a mesh, by a preset of shardings.
       missing_heads: the model's heads that the weights lack, as those of a backbone do.
+      class_names: of the classes that it was trained on, by number; None if not known.
     """
 
     where: str
     config: ModelConfig
     read: Callable[[Mesh, str], Mapping[str, Any]]
     missing_heads: frozenset[str] = frozenset()
+    class_names: ClassNames | None = None
 
     def fit(self, model: ModelConfig) -> ModelConfig:
         """Returns the model with the kinds of layers that the weights have.
@@ -70,10 +74,29 @@ class Weights:
             return model
         return dataclasses.replace(model, spatial_layers=kinds[0], class_token_layer=kinds[1])
 
-    def check(self, model: ModelConfig, *, new_head: bool = False) -> None:
-        """Raises an `InputError` unless `load` can make the weights those of the model."""
+    def check(
+        self,
+        model: ModelConfig,
+        *,
+        new_head: bool = False,
+        class_names: ClassNames | None = None,
+    ) -> None:
+        """Checks that `load` can make the weights those of a model.
+
+        Args:
+          model: to be made.
+          new_head: whether it may get a new head for other classes.
+          class_names: of its classes by number; None if not known.
+
+        Raises:
+          InputError: they cannot.
+        """
         check_classes(self.config, model, self.where, may_replace=new_head)
         check_heads(self.missing_heads, self.where, may_replace=new_head)
+        if class_names is not None and not new_head:
+            self.check_class_names(
+                class_names, "to begin with a new head, set config.init_new_head=True"
+            )
         kinds = _kinds_of_layers(self.config)
         if kinds is not None and _kinds_of_layers(self.fit(model)) != _kinds_of_layers(model):
             raise InputError(
@@ -96,21 +119,36 @@ class Weights:
             if field in trained and trained[field] != asked[field]
         ]
 
-    def load(self, model: ModelConfig, mesh: Mesh, *, preset: str = "replicated") -> Variables:
+    def check_class_names(self, class_names: ClassNames, advice: str) -> None:
+        """Raises an `InputError` with advice if these were trained on classes of other names."""
+        if self.class_names is not None:
+            what = f"{self.where} was trained on other classes than those of the data"
+            classes.check_same(self.class_names, class_names, what, advice)
+
+    def load(
+        self,
+        model: ModelConfig,
+        mesh: Mesh,
+        *,
+        preset: str = "replicated",
+        class_names: ClassNames | None = None,
+    ) -> Variables:
         """Reads the weights and resizes them to the model's resolution.
 
         Args:
           model: for which `check` has passed. A head for other classes is new.
           mesh: the devices.
           preset: of `sharding.PRESETS`.
+          class_names: of the model's classes; if the weights' have other names, the head is new.
 
         Raises:
           InputError: the weights are damaged.
         """
         like, shardings = plan(model, mesh, preset)
+        new_head = None not in (self.class_names, class_names) and self.class_names != class_names
 
         def make(arrays: Mapping[str, jax.Array]) -> Variables:
-            adapted = adapt(arrays, self.config, model, self.where)
+            adapted = adapt(arrays, self.config, model, self.where, new_head=new_head)
             return map_named(lambda name, _: adapted[_inside(name)], like)
 
         return jax.jit(make, out_shardings=shardings)(dict(self.read(mesh, preset)))
@@ -155,7 +193,8 @@ def find(
             variables = checkpoint.load_variables(directory, shapes, weights=weights)
             return arrays_of(variables)
 
-        return Weights(str(directory), config, read)
+        names = checkpoint.class_names_of(directory)
+        return Weights(str(directory), config, read, class_names=names)
 
     contents = files.read(source, ema=weights == "ema")
     if contents.note is None:

@@ -24,7 +24,7 @@ def test_digits_are_counted(data_dir):
     config.data.data_dir = data_dir
     config.data.train_size = "10%"
     facts, checks = readiness.check_data(config)
-    assert facts == DataFacts(num_train=130, num_eval=500, num_classes=10)
+    assert facts == DataFacts(130, 500, num_classes=10, class_names=tuple("0123456789"))
     assert [(check.what, check.state) for check in checks] == [("data", OK)]
 
 
@@ -32,7 +32,8 @@ def test_imagenet_is_planned_with_where_it_is_not(tmp_path):
     config = load("spvit", "s")
     config.data.data_dir = str(tmp_path)
     facts, checks = readiness.check_data(config)
-    assert facts == DataFacts(num_train=1_281_167, num_eval=50_000, num_classes=1000)
+    assert (facts.num_train, facts.num_eval, facts.num_classes) == (1_281_167, 50_000, 1000)
+    assert facts.class_names[0] == "n01440764"
     assert checks[0].state == ABSENT
     config.data.train_size = 13_000
     config.data.minival, config.data.eval_split = "1%", "minival"

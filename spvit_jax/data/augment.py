@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from spvit_jax import config as config_lib
+from spvit_jax.data.decode import decode_other
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError, nearest
 
@@ -204,7 +205,7 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_EXACT),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+        lambda: decode_other(encoded),
     )
 
 
@@ -229,7 +230,7 @@ def _decode_crop(
         return image, share(box, shape)
 
     def other() -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = decode_other(encoded)
         shape = tf.shape(image)[:2]
         box = tf.stack(draw_box(shape))
         return tf.image.crop_to_bounding_box(image, *tf.unstack(box)), share(box, shape)

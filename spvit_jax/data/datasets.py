@@ -7,13 +7,18 @@ which batch in `pipeline.py`.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from spvit_jax.data.sources import FolderSource, Source, Subset, TfdsSource
-from spvit_jax.errors import InputError
+from spvit_jax.classes import ClassNames
+from spvit_jax.data import folders
+from spvit_jax.data.sources import Renumbered, Source, Subset, TfdsSource
+from spvit_jax.errors import InputError, some
+
+log = logging.getLogger("spvit_jax.data")
 
 MINIVAL = "minival"  # the name of what data.minival holds out of training
 _MINIVAL_SEED = 0  # not the run's: runs with other seeds are compared on the same images
@@ -31,9 +36,62 @@ def load(name: str, split: str, data_dir: str) -> Source:
     Raises:
       InputError: there is no such data set or split, or it cannot be read.
     """
-    if name.startswith("folder:"):
-        return FolderSource(pathlib.Path(name.removeprefix("folder:")), split)
+    if (root := _folder(name)) is not None:
+        return folders.FolderSource(root, split)
     return TfdsSource(name, split, data_dir)
+
+
+def numbered(source: Source, class_names: ClassNames, whose: str) -> Source:
+    """Returns a source whose classes have the numbers that they have in a table.
+
+    Args:
+      source: of the examples.
+      class_names: names by number.
+      whose: the classes of the table are, for messages.
+
+    Raises:
+      InputError: the table lacks a class of the source; names it.
+    """
+    if source.class_names == class_names:
+        return source
+    if unknown := sorted(set(source.class_names) - set(class_names)):
+        raise InputError(
+            f"the data to evaluate on have {len(source.class_names)} classes, and {len(unknown)} "
+            f"of them are not among the {len(class_names)} of {whose}: {some(unknown)}; expected "
+            f"only {some(class_names)}"
+        )
+    if absent := sorted(set(class_names) - set(source.class_names)):
+        log.warning(
+            "warning: the data to evaluate on have no images of %d of the %d classes of %s: %s",
+            len(absent),
+            len(class_names),
+            whose,
+            some(absent),
+        )
+    return Renumbered(source, class_names)
+
+
+def numbered_as_trained(
+    source: Source, data: ConfigDict, class_names: ClassNames | None, where: str
+) -> Source:
+    """Returns evaluation data whose classes have the numbers that they have in trained weights.
+
+    Args:
+      source: of the examples.
+      data: the section of the configuration.
+      class_names: of the weights' classes by number; if None, and the data set is a folder that
+        has the training split, those of that split.
+      where: the weights are from, for messages.
+
+    Raises:
+      InputError: as `numbered`; or the training split cannot be read.
+    """
+    if class_names is not None:
+        return numbered(source, class_names, where)
+    root = _folder(data.dataset)
+    if root is None or not (root / data.train_split).is_dir():
+        return source
+    return numbered(source, folders.class_names(root, data.train_split), "the training data")
 
 
 def for_evaluation(data: ConfigDict, split: str) -> Source:
@@ -127,3 +185,9 @@ def _number_of(size: int | str, total: int, field: str) -> int:
         raise InputError(
             f"{field} is {size!r}; expected a number of examples, or a share such as '10%'"
         ) from error
+
+
+def _folder(name: str) -> pathlib.Path | None:
+    """Returns where a data set is that is a folder of images, or None for another."""
+    prefix, colon, path = name.partition(":")
+    return pathlib.Path(path) if prefix == "folder" and colon else None

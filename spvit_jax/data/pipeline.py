@@ -14,6 +14,7 @@ from typing import Self
 
 import numpy as np
 
+from spvit_jax.data import decode
 from spvit_jax.data.augment import EvalTransform, TrainTransform, WholeTransform
 from spvit_jax.data.faults import Faults
 from spvit_jax.data.sources import Source
@@ -342,7 +343,11 @@ class _Reader:
                 name: tf.constant(value[0], dtype)
                 for (name, dtype, _), value in zip(self._fields, fetched, strict=True)
             }
-            make(example, tf.constant(ordinal, tf.int64))
+            try:
+                make(example, tf.constant(ordinal, tf.int64))
+            except tf.errors.OpError as error:  # which says damaged of what is too large
+                words = decode.too_large(example["encoded"].numpy())
+                return ValueError(words) if words else error
         except (tf.errors.OpError, *_UNREADABLE) as error:
             return error
         return None

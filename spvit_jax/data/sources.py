@@ -1,6 +1,7 @@
-"""Where examples are read from: TFDS's records and folders of images.
+"""Where examples are read from: TFDS's records, and parts of another source.
 
-What data sets there are by name, and which part of one is used, is in `datasets.py`.
+Folders of images are in `folders.py`; what data sets there are by name, and which part of one is
+used, in `datasets.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tqdm import tqdm
 
+from spvit_jax.classes import ClassNames
 from spvit_jax.data.digits import Digits
 from spvit_jax.data.records import check_files
 from spvit_jax.errors import InputError, nearest
 
-_IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif"})
 _AT_ONCE = 1024  # records that are read together when all of them are
 
 
@@ -29,10 +30,12 @@ class Source(Protocol):
     """Examples by index: the encoded images and their labels.
 
     Attributes:
+      class_names: names of the classes by number, C of them.
       num_classes: C; labels are in 0 … C-1.
       several_labels: whether an image may have any number of labels rather than one.
     """
 
+    class_names: ClassNames
     num_classes: int
     several_labels: bool
 
@@ -74,7 +77,10 @@ class TfdsSource:
         self._label = label_feature(name, self._builder)
         self.several_labels = self._label == "real_label"
         label = self._builder.info.features[self._label]
-        self.num_classes = (label.feature if self.several_labels else label).num_classes
+        self.class_names: ClassNames = tuple(
+            (label.feature if self.several_labels else label).names
+        )
+        self.num_classes = len(self.class_names)
         try:
             self._records: Any = self._builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
@@ -240,55 +246,12 @@ def save_labels(path: pathlib.Path, labels: np.ndarray) -> None:
     temporary.replace(path)
 
 
-class FolderSource:
-    """A folder of images as PyTorch users keep it: `root/split/class/*.jpeg`.
-
-    Classes are numbered in the order of their folders' names.
-    """
-
-    several_labels = False
-
-    def __init__(self, root: pathlib.Path, split: str):
-        directory = root / split
-        if not directory.is_dir():
-            raise InputError(f"{directory} is not a folder; expected {root}/SPLIT/CLASS/IMAGE")
-        classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
-        self.num_classes = len(classes)
-        self._files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((directory / name).iterdir())
-            if path.suffix.lower() in _IMAGE_SUFFIXES
-        ]
-        if not self._files:
-            raise InputError(
-                f"{directory} holds no images; expected {directory}/CLASS/IMAGE "
-                f"with one of the endings {', '.join(sorted(_IMAGE_SUFFIXES))}"
-            )
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        return indices
-
-    def file_names(self, indices: np.ndarray) -> list[str]:
-        return [self._files[index][0].name for index in indices.tolist()]
-
-    def labels(self) -> np.ndarray:
-        return np.array([label for _, label in self._files], np.int32)
-
-    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        files = [self._files[index] for index in indices.tolist()]
-        labels = np.array([label for _, label in files], np.int32)
-        return [path.read_bytes() for path, _ in files], labels
-
-
 class Subset:
     """Some of the examples of another source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self.num_classes, self.several_labels = source.num_classes, source.several_labels
+        self.class_names, self.num_classes = source.class_names, source.num_classes
+        self.several_labels = source.several_labels
         self._source = source
         self._indices = indices
 
@@ -306,3 +269,38 @@ class Subset:
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         return self._source.fetch(self._indices[indices])
+
+
+class Renumbered:
+    """Another source's examples, with their classes numbered as in another table."""
+
+    def __init__(self, source: Source, class_names: ClassNames):
+        """Takes a source whose classes are all in the table."""
+        self.class_names, self.num_classes = class_names, len(class_names)
+        self.several_labels = source.several_labels
+        self._source = source
+        numbers = {name: number for number, name in enumerate(class_names)}
+        self._numbers = np.array([numbers[name] for name in source.class_names], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return self._source.places(indices)
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        return self._source.file_names(indices)
+
+    def labels(self) -> np.ndarray:
+        return self._renumber(self._source.labels())
+
+    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        images, labels = self._source.fetch(indices)
+        return images, self._renumber(labels)
+
+    def _renumber(self, labels: np.ndarray) -> np.ndarray:
+        if not self.several_labels:
+            return self._numbers[labels]
+        renumbered = np.zeros((len(labels), self.num_classes), labels.dtype)
+        renumbered[:, self._numbers] = labels
+        return renumbered

@@ -71,7 +71,12 @@ def resize_offset_table(table: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def adapt(
-    arrays: Mapping[str, Any], source: ModelConfig, target: ModelConfig, where: str = "the source"
+    arrays: Mapping[str, Any],
+    source: ModelConfig,
+    target: ModelConfig,
+    where: str = "the source",
+    *,
+    new_head: bool = False,
 ) -> dict[str, jax.Array]:
     """Makes a model's weights those of the same model at another resolution or class count.
 
@@ -81,6 +86,7 @@ def adapt(
       target: the model to make; heads that are missing or have another number of classes are new,
         as initialised.
       where: what to call the source in an error.
+      new_head: whether heads are new even with the same number of classes.
 
     Returns:
       Arrays with the names and shapes of the target.
@@ -93,7 +99,7 @@ def adapt(
 
     def one(name: str, array: jax.Array) -> jax.Array:
         shape = shapes[name]
-        if is_head(name) and array.shape != shape:
+        if is_head(name) and (new_head or array.shape != shape):
             return _new_head(name, shape).astype(array.dtype)
         if name == "pos_embed" and source.grid != target.grid:
             num_prefix = array.shape[1] - source.grid[0] * source.grid[1]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
 from spvit_jax import weights
+from spvit_jax.classes import ClassNames
 from spvit_jax.data import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs
@@ -34,12 +35,14 @@ class DataFacts:
       num_eval: examples of an evaluation.
       num_classes: C.
       label_map: (K, h, w) of the label maps; None without.
+      class_names: of the classes by number; None if not known.
     """
 
     num_train: int
     num_eval: int
     num_classes: int
     label_map: tuple[int, int, int] | None = None
+    class_names: ClassNames | None = None
 
 
 @dataclasses.dataclass(frozen=True)

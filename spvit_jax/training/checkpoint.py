@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError, WriteError, check_shapes
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
@@ -33,6 +34,7 @@ _FOLDER = "checkpoints"  # in the workdir
 _CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here
 _ITEM = "default"
 _MODEL = "model"  # in an item's metadata: the model's configuration
+_CLASSES = "classes"  # likewise: their names by number
 _RANKED_BY = "top1"
 
 
@@ -40,11 +42,27 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save on exit."""
 
     def __init__(
-        self, workdir: pathlib.Path, model: ModelConfig, *, keep_last: int, keep_best: int
+        self,
+        workdir: pathlib.Path,
+        model: ModelConfig,
+        class_names: ClassNames | None,
+        *,
+        keep_last: int,
+        keep_best: int,
     ):
-        """Opens a workdir for the checkpoints of a model, the last ones and the best."""
+        """Opens a workdir for the checkpoints of a model, the last ones and the best.
+
+        Args:
+          workdir: the folder.
+          model: whose state is saved.
+          class_names: of its classes by number, to be kept beside it; None if not known.
+          keep_last: how many of the newest checkpoints are kept.
+          keep_best: how many of the best.
+        """
         self._workdir = workdir.resolve()
-        self._metadata = {_MODEL: model.to_dict()}
+        self._metadata: dict[str, Any] = {_MODEL: model.to_dict()}
+        if class_names is not None:
+            self._metadata[_CLASSES] = list(class_names)
         policies = [
             preservation.LatestN(n=keep_last),
             preservation.BestN(
@@ -238,9 +256,25 @@ def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
         return (_metadata(checkpoint).custom_metadata or {}).get(_MODEL)
 
 
-def save_variables(workdir: pathlib.Path, variables: Variables, model: ModelConfig) -> None:
+def class_names_of(checkpoint: pathlib.Path) -> ClassNames | None:
+    """Returns the names of the classes of a checkpoint's model by number, if they are there.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    with _readable(checkpoint):
+        names = (_metadata(checkpoint).custom_metadata or {}).get(_CLASSES)
+        return None if names is None else tuple(names)
+
+
+def save_variables(
+    workdir: pathlib.Path,
+    variables: Variables,
+    model: ModelConfig,
+    class_names: ClassNames | None = None,
+) -> None:
     """Writes a workdir with weights alone, as its one checkpoint, at step 0."""
-    with Checkpoints(workdir, model, keep_last=1, keep_best=1) as checkpoints:
+    with Checkpoints(workdir, model, class_names, keep_last=1, keep_best=1) as checkpoints:
         checkpoints.save(0, {"model": variables})
 
 

@@ -62,6 +62,7 @@ def predicted(
     """
     model = config_lib.model_settings(config, num_classes=source.num_classes)
     found, model = weights.find_fitting(path, model)
+    found.check_class_names(source.class_names, "choose a teacher of the same classes")
     if not getattr(model, "dense_head", False):
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
     variables = found.load(model, sharding.make_mesh(1, 1, jax.devices()[:1]))
@@ -136,7 +137,7 @@ def _pack() -> None:
         images = source()
         names = images.file_names(np.arange(len(images)))
         maps = published(pathlib.Path(folder.value), names)
-        _write(output(), maps, images, classes.value or images.num_classes, folder.value)
+        _write(output(), maps, images, classes.value, folder.value)
 
     cli.run(run)
 
@@ -151,7 +152,7 @@ def _make() -> None:
         data = config().data
         images = datasets.load(data.dataset, data.train_split, data.data_dir)
         maps = predicted(config(), pathlib.Path(path.value), images)
-        _write(output(), maps, images, images.num_classes, path.value)
+        _write(output(), maps, images, None, path.value)
 
     cli.run(run)
 
@@ -164,7 +165,7 @@ def _show() -> None:
 
     def run() -> None:
         images, maps = source(), LabelMaps(pathlib.Path(path.value))
-        maps.check(len(images), images.num_classes)
+        maps.check(len(images), images.class_names)
         if not 0 <= index.value < len(images):
             raise InputError(f"--index is {index.value}; expected 0 to {len(images) - 1}")
         wanted = np.array([index.value])
@@ -192,13 +193,20 @@ def _write(
     path: pathlib.Path,
     maps: Iterator[np.ndarray | None],
     images: Source,
-    num_classes: int,
+    num_classes: int | None,
     made_of: str,
 ) -> None:
     if path.suffix != ".npy" or path.exists():
         raise InputError(f"--output is {path}; expected the name of a new file, ending in .npy")
     shown = tqdm(maps, total=len(images), unit="image", disable=not sys.stderr.isatty())
-    facts = write(path, shown, count=len(images), num_classes=num_classes, source=str(made_of))
+    facts = write(
+        path,
+        shown,
+        count=len(images),
+        num_classes=num_classes or images.num_classes,
+        source=str(made_of),
+        class_names=images.class_names if num_classes in (None, images.num_classes) else None,
+    )
     print(
         f"wrote {path}: {facts['images'] - facts['missing']} label maps of the shape "
         f"{'×'.join(map(str, facts['shape']))}; {facts['missing']} images have none, and their "

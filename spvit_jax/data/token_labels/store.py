@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spvit_jax.classes import ClassNames, check_same
 from spvit_jax.errors import InputError
 
 _MOST_CLASSES = 2048  # that half precision counts exactly
@@ -21,6 +22,7 @@ class LabelMaps:
     Attributes:
       shape: (K, h, w) of each: the number of logits, and the grid.
       num_classes: C.
+      class_names: of the classes by number; None if the file does not say.
       missing: how many images have none.
     """
 
@@ -40,6 +42,8 @@ class LabelMaps:
             ) from error
         self.shape = self._maps.shape[2:]
         self.num_classes, self.missing = facts["num_classes"], facts["missing"]
+        names = facts.get("class_names")
+        self.class_names: ClassNames | None = None if names is None else tuple(names)
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -63,13 +67,16 @@ class LabelMaps:
         maps[missing, 0, 0] = _CERTAIN
         return maps
 
-    def check(self, num_examples: int, num_classes: int) -> None:
-        """Raises an `InputError` unless the maps are those of a split of this size."""
-        if (len(self), self.num_classes) != (num_examples, num_classes):
+    def check(self, num_examples: int, class_names: ClassNames) -> None:
+        """Raises an `InputError` unless the maps are those of a split of this size and classes."""
+        if (len(self), self.num_classes) != (num_examples, len(class_names)):
             raise InputError(
                 f"the token labels are of {len(self)} images of {self.num_classes} classes, the "
-                f"split has {num_examples} of {num_classes}; make them for the same split"
+                f"split has {num_examples} of {len(class_names)}; make them for the same split"
             )
+        if self.class_names is not None:
+            what = "the token labels are of other classes than the split has"
+            check_same(self.class_names, class_names, what, "make them for the same split")
 
 
 def write(
@@ -79,6 +86,7 @@ def write(
     count: int,
     num_classes: int,
     source: str,
+    class_names: ClassNames | None = None,
 ) -> dict[str, Any]:
     """Writes label maps, whole or not at all.
 
@@ -88,9 +96,10 @@ def write(
       count: number of examples.
       num_classes: C.
       source: what they were made of, in words.
+      class_names: of the classes by number; None if not known.
 
     Returns:
-      The facts: `images`, `missing`, `num_classes`, `shape`, `source`.
+      The facts: `images`, `missing`, `num_classes`, `class_names`, `shape`, `source`.
 
     Raises:
       InputError: there are too many classes, no map at all, or maps of different shapes.
@@ -124,6 +133,7 @@ def write(
             "images": count,
             "missing": missing,
             "num_classes": num_classes,
+            "class_names": class_names,
             "shape": array.shape[1:],
             "source": source,
         }

@@ -1,0 +1,156 @@
+"""Folders of images as PyTorch users keep them: `root/split/class/…/image`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from spvit_jax.classes import ClassNames
+from spvit_jax.data import decode
+from spvit_jax.errors import InputError, some
+
+log = logging.getLogger("spvit_jax.data")
+
+_NAMED = 10  # of what is ignored
+
+
+class FolderSource:
+    """The images of a folder with one sub-folder per class.
+
+    Classes are numbered in the order of their folders' names. Images may lie in folders inside of
+    those; what is hidden, not an image, or a folder without any is left out, and logged.
+    """
+
+    several_labels = False
+
+    def __init__(self, root: pathlib.Path, split: str):
+        """Lists a split.
+
+        Raises:
+          InputError: it is no folder, cannot be read, or holds no images.
+        """
+        self._paths: list[str] = []
+        names: list[str] = []
+        ignored: list[str] = []
+        ends = [0]  # of each class in the list of paths
+        for name, paths in _classes(root, split, ignored):
+            self._paths += paths
+            if len(self._paths) > ends[-1]:
+                ends.append(len(self._paths))
+                names.append(name)
+            else:
+                ignored.append(os.path.join(root, split, name))
+        directory = root / split
+        if not names:
+            raise InputError(
+                f"{directory} holds no images; expected {directory}/CLASS/IMAGE of one of the "
+                f"formats {', '.join(decode.FORMATS)}"
+            )
+        if ignored:
+            shown = some([os.path.relpath(path, directory) for path in ignored], _NAMED)
+            _log_once(
+                f"ignored         {len(ignored)} in {directory} that are hidden, not images, or "
+                f"folders without any: {shown}"
+            )
+        self._labels = np.repeat(np.arange(len(names), dtype=np.int32), np.diff(ends))
+        self.class_names: ClassNames = tuple(names)
+        self.num_classes = len(names)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+    def file_names(self, indices: np.ndarray) -> list[str]:
+        return [os.path.basename(self._paths[index]) for index in indices.tolist()]
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+    def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        images = [pathlib.Path(self._paths[index]).read_bytes() for index in indices.tolist()]
+        return images, self._labels[indices]
+
+
+def class_names(root: pathlib.Path, split: str) -> ClassNames:
+    """Returns the classes of a split as `FolderSource` numbers them, without listing all images.
+
+    Raises:
+      InputError: it is no folder, or cannot be read.
+    """
+    return tuple(name for name, paths in _classes(root, split, []) if next(paths, None))
+
+
+def _classes(
+    root: pathlib.Path, split: str, ignored: list[str]
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yields the folders that may be classes, and the paths of their images.
+
+    Args:
+      root: holds the splits.
+      split: the name of one.
+      ignored: to which the paths of everything else are appended.
+    """
+    directory = root / split
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a folder; expected {root}/SPLIT/CLASS/IMAGE")
+    for entry in _visible(os.fspath(directory), ignored):
+        if os.path.isdir(entry.path):
+            yield entry.name, _images(entry.path, ignored, frozenset())
+        else:
+            ignored.append(entry.path)
+
+
+def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Yields the paths of all images in a folder, also through links, in the order of their names.
+
+    Args:
+      folder: its path.
+      ignored: to which the paths of everything else are appended.
+      above: device and inode of the folders that it is in, to which a link may lead back.
+    """
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        ignored.append(folder)
+        return
+    for entry in _visible(folder, ignored):
+        # Of what is no link the kind is known; to ask for it again takes long for a million files.
+        if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
+            if decode.is_image(entry.path):
+                yield entry.path
+            else:
+                ignored.append(entry.path)
+        elif os.path.isdir(entry.path):
+            yield from _images(entry.path, ignored, above | {identity})
+        else:
+            ignored.append(entry.path)
+
+
+def _visible(folder: str, ignored: list[str]) -> Iterator[os.DirEntry[str]]:
+    """Yields what is in a folder, in the order of the names, but for what is hidden.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in ordered:
+        if entry.name.startswith("."):
+            ignored.append(entry.path)
+        else:
+            yield entry
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning("%s", message)
