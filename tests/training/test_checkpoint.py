@@ -26,7 +26,7 @@ def small_files(size):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     model = model_config("deit_ti")
-    with Checkpoints(tmp_path, model, keep_last=1, keep_best=1) as checkpoints:
+    with Checkpoints(tmp_path, model, (), keep_last=1, keep_best=1) as checkpoints:
         checkpoints.save(1, {"model": jax.random.normal(jax.random.key(1), (100_000,))})
         checkpoints.wait()
         with small_files(100_000):
@@ -40,6 +40,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     (saved,) = saved_arrays(tmp_path, 1).values()
     np.testing.assert_array_equal(saved, jax.random.normal(jax.random.key(1), (100_000,)))
     # Started again, what was left of the second does not stand in the way.
-    with Checkpoints(tmp_path, model, keep_last=1, keep_best=1) as checkpoints:
+    with Checkpoints(tmp_path, model, (), keep_last=1, keep_best=1) as checkpoints:
         checkpoints.save(2, {"model": jax.random.normal(jax.random.key(2), (100_000,))})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
