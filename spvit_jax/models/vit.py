@@ -120,10 +120,11 @@ class ViT(Model):
         tokens = Tokens(patches.reshape(batch, h * w, dim), (h, w), 0)
         if not self.config.late:
             tokens = self._prepend_prefix(tokens)
-        return tokens._replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
+        return tokens.replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
 
+    @property
     def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Returns where prefix tokens enter late, as in SP-ViT: without a position."""
+        """Where prefix tokens enter late, as in SP-ViT: without a position."""
         return {self.config.late: self._prepend_prefix} if self.config.late else {}
 
     def _prepend_prefix(self, tokens: Tokens) -> Tokens:
