@@ -307,7 +307,8 @@ class Model(nnx.Module):
             key = None
         elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
-        tokens, entrances = self.enter(patches), self.entrances
+        tokens = self.enter(patches.astype(self.blocks[0].residual_dtype))
+        entrances = self.entrances
         for run in runs:
             if run.start in entrances:
                 tokens = entrances[run.start](tokens)

@@ -33,13 +33,16 @@ class Mlp(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
+    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239).
+
+    Its result is float32 at least, as are the residual streams that it is added to.
+    """
 
     def __init__(self, dim: int, initial: float):
         self.gamma = nnx.Param(jnp.full((dim,), initial, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.gamma[...].astype(x.dtype)
+        return x * self.gamma[...]
 
 
 def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
