@@ -79,8 +79,11 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
     """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
     name, _, as_loops = name.partition(", ")
     deeper = {"depth": 4, "spatial_layers": 2} if as_loops else {}
+    if accumulate > 1:  # once also with groups for BatchNorm that lie over several devices
+        deeper["batch_norm_group"] = 4
     transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0)
-    if fsdp == 8:  # once also with what is slow to compile
+    if fsdp == 8:  # once also with dimensions that it does not divide, and with what is slow
+        deeper["dim"] = 12
         transform = dataclasses.replace(transform, rand_augment=RandAugment(), erase=0.5)
     recipe = dataclasses.replace(RECIPE, transform=transform, accumulate=accumulate)
     mesh = sharding.make_mesh(data, fsdp)
