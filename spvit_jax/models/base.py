@@ -176,8 +176,7 @@ class Outputs:
         return logits
 
 
-@struct.dataclass
-class Tokens:
+class Tokens(struct.PyTreeNode):
     """Tokens between two blocks: x [B, P+N, D] of a grid h·w = N behind P prefix tokens.
 
     The grid and P are static: shapes follow from them.

@@ -94,7 +94,7 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.group = group
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # without its mask
         """Normalises [B, h, w, C]."""
         if self.use_running_average or self.group is None or len(x) <= self.group:
             return super().__call__(x)

@@ -155,7 +155,7 @@ def test_bfloat16_trains_layer_scale_from_1e_5_as_float32_does(name):
 
     def trained(dtype):
         small = SMALL | {"dim": 96, "num_heads": 4, "depth": 2, "drop_path": 0.0}
-        config = model_config(name, dtype=dtype, num_classes=10, **small)
+        config = model_config(name, dtype=dtype, num_classes=10, scan=True, **small)
         assert config.layer_scale == 1e-5
         adamw = optax.adamw(1e-3)
         state = state_lib.create(config.build(CountedRngs(0)), adamw, ema=False)
