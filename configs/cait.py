@@ -8,6 +8,10 @@ Argument: `size` (xxs24, xxs36, xs24, s24, s36, m36, m48). DeiT's recipe, but 40
 is the same in all layers, and comes with the size. The authors trained at 224 pixels on 8 to 16
 GPUs of 32 GB. The second command puts MaiT's masks on its heads. The papers' top-1 at 224 without
 distillation: xxs24 77.6.
+
+Values are the defaults of `main.py` in github.com/facebookresearch/deit, where CaiT is published
+too, with the epochs and the drop path of the paper. Otherwise than there, the learning rate changes
+at each step, not at each epoch.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,9 @@ Arguments: `size` (ti, s, b) and `distilled` (0, 1), in this order or by name. T
 on 4 to 8 GPUs of 16 GB or more. The paper's top-1: ti 72.2, s 79.9, b 81.8; distilled from a
 RegNetY-16GF 74.5, 81.2, 83.4. The teacher is hard: its most probable class is the label of the
 distillation token. It may be any checkpoint of this project, or a file that says what model it is.
+
+Values are the defaults of `main.py` in github.com/facebookresearch/deit, at 1024 images. Otherwise
+than there, the learning rate changes at each step, not at each epoch.
 """
 
 from ml_collections import ConfigDict

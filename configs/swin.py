@@ -5,6 +5,8 @@
 Argument: `size` (t, s, b). The authors trained at 224 pixels on 8 GPUs of 32 GB. The paper's top-1:
 t 81.3, s 83.0, b 83.5; `configs/imagenet.py` evaluates L, which began on ImageNet-22K.
 `--config.model.masked_heads=thirds` puts MaiT's masks on the heads of its windows.
+
+Values are those of `config.py` in github.com/microsoft/Swin-Transformer, its rates at 1024 images.
 """
 
 from ml_collections import ConfigDict

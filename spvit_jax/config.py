@@ -62,6 +62,7 @@ def base() -> ConfigDict:
     # The other fields are None for the named model's own value.
     model.patch_size = placeholder(int)  # pixels
     model.stem_width = placeholder(int)  # channels of the convolutional stem; 0 is linear
+    model.batch_norm_group = placeholder(int)  # images that the stem normalises together; None: all
     model.dim = placeholder(int)  # channels of a token
     model.depth = placeholder(int)  # number of blocks
     model.num_heads = placeholder(int)  # attention heads per block
@@ -133,7 +134,7 @@ def base() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # or "lamb", or "sgd" with momentum b1
-    optim.lr = 1e-3  # peak learning rate, absolute: nothing rescales it
+    optim.lr = 1e-3  # learning rate that the warm-up reaches, absolute: nothing rescales it
     optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown; lr for a constant one
     optim.warmup_lr = 1e-6  # at the first step, if there is a warm-up
     optim.weight_decay = 0.05  # decoupled, times the learning rate; matrices only
@@ -147,7 +148,7 @@ def base() -> ConfigDict:
 
     config.schedule = schedule = ConfigDict()
     schedule.total = "300 epochs"  # the whole run, warm-up and cooldown included
-    schedule.warmup = "5 epochs"  # linear from warmup_lr to lr
+    schedule.warmup = "5 epochs"  # linear from warmup_lr to lr, over the cosine's beginning
     schedule.cooldown = "0 epochs"  # at min_lr, at the end
 
     config.checkpoint = checkpoint = ConfigDict()
@@ -159,7 +160,7 @@ def base() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
-    mesh.fsdp = 1  # devices over which each parameter is split
+    mesh.fsdp = 1  # devices over which each parameter is split, by several dimensions if need be
     mesh.sharding = "fsdp"  # preset of spvit_jax.training.sharding: "fsdp" or "replicated"
     return config.lock()
 
@@ -249,6 +250,13 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
     shape = model_settings(resolved, num_classes=1).image_shape
     protocol = evaluation_of(resolved, shape)
     resolved.augment.update(eval_crop=protocol.crop, eval_interpolation=protocol.interpolation)
+    group, images = resolved.model.batch_norm_group, config.data.batch_size
+    images //= max(config.optim.accumulate, 1)
+    if group and images > group and images % group:
+        raise InputError(
+            f"model.batch_norm_group is {group}, which does not divide the {images} images of a "
+            "batch (or of a micro-batch); choose one that does"
+        )
     schedule = resolved.schedule
     if schedule.total < 1 or schedule.warmup + schedule.cooldown > schedule.total:
         raise InputError(

@@ -142,7 +142,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     report.summarize(
         config,
         model_config,
-        abstract.model.params,
+        abstract,
         num_train=len(train_source),
         num_eval=len(eval_source),
         mesh=mesh,

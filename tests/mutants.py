@@ -252,14 +252,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "training/optimizer.py",
         "alpha=optim.min_lr / optim.lr",
         "alpha=0.0",
-        "training/test_optimizer.py::test_schedule",
+        "training/test_optimizer.py::test_schedule_is_timms",
     ),
     Mutant(
         "the cosine runs into the cooldown",
         "training/optimizer.py",
         " - schedule.cooldown",
         "",
-        "training/test_optimizer.py::test_schedule",
+        "training/test_optimizer.py::test_schedule_is_timms",
     ),
     Mutant(
         "position embeddings decay",

@@ -8,6 +8,7 @@ for _schema in ("nms", "qnms"):
     _OPERATORS.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
+import timm.scheduler  # noqa: E402
 from timm.data import auto_augment  # noqa: E402
 from timm.data.mixup import cutmix_bbox_and_lam  # noqa: E402
 

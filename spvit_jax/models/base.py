@@ -176,12 +176,15 @@ class Outputs:
         return logits
 
 
-class Tokens(NamedTuple):
-    """Tokens between two blocks: x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
+class Tokens(struct.PyTreeNode):
+    """Tokens between two blocks: x [B, P+N, D] of a grid h·w = N behind P prefix tokens.
+
+    The grid and P are static: shapes follow from them.
+    """
 
     x: jax.Array
-    grid: Grid
-    num_prefix: int
+    grid: Grid = struct.field(pytree_node=False)
+    num_prefix: int = struct.field(pytree_node=False)
 
 
 class AttentionMap(NamedTuple):
@@ -256,7 +259,7 @@ class Model(nnx.Module):
         """Returns the tokens that leave the last block, of patch tokens [B, h, w, D]."""
         if self.config.scan:
             kinds = [nnx.graphdef(block) for block in self.blocks]
-            runs = find_runs(kinds, entrances=self.entrances())
+            runs = find_runs(kinds, entrances=self.entrances)
         else:
             runs = self._layers()
         *_, last = self._states(runs, patches, key)
@@ -270,8 +273,10 @@ class Model(nnx.Module):
         """Makes patch tokens [B, h, w, D] those that enter the first block."""
         raise NotImplementedError
 
+    @property
     def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Returns what happens to the tokens between two blocks, by the layer of the second."""
+        """What happens to the tokens between two blocks, by the layer of the second."""
+        # No method: `nnx.tabulate` runs those under `jax.jit`, which can return arrays alone.
         return {}
 
     def classify(self, tokens: jax.Array) -> Outputs:
@@ -283,11 +288,11 @@ class Model(nnx.Module):
         states = self.hidden_states(self.embed(images))
         return [
             AttentionMap(
-                block.attn.weights(block.norm1(x), grid, num_prefix),
-                block.attn.map_grid(grid),
-                num_prefix,
+                block.attn.weights(block.norm1(state.x), state.grid, state.num_prefix),
+                block.attn.map_grid(state.grid),
+                state.num_prefix,
             )
-            for block, (x, grid, num_prefix) in zip(self.blocks, states, strict=False)
+            for block, state in zip(self.blocks, states, strict=False)
         ]
 
     def _layers(self) -> list[Run]:
@@ -301,7 +306,8 @@ class Model(nnx.Module):
             key = None
         elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
-        tokens, entrances = self.enter(patches), self.entrances()
+        tokens = self.enter(patches.astype(self.blocks[0].residual_dtype))
+        entrances = self.entrances
         for run in runs:
             if run.start in entrances:
                 tokens = entrances[run.start](tokens)
@@ -311,12 +317,11 @@ class Model(nnx.Module):
 
     def _through(self, run: Run, tokens: Tokens, key: jax.Array | None) -> Tokens:
         """Takes tokens through a run; `key` draws the drop path of all layers, None is without."""
-        _, grid, num_prefix = tokens
         rates = self.config.drop_path_per_layer()
 
         def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
             of_layer = None if key is None else jax.random.fold_in(key, layer)
-            return block(x, grid, num_prefix, of_layer, rate)
+            return block(x, tokens.grid, tokens.num_prefix, of_layer, rate)
 
         x = loop.through(
             [self.blocks[layer] for layer in run.layers],
@@ -327,7 +332,7 @@ class Model(nnx.Module):
             period=run.period,
             remat=self.config.remat,
         )
-        return Tokens(x, grid, num_prefix)
+        return tokens.replace(x=x)
 
     @staticmethod
     def _logits(head: nnx.Linear, tokens: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.models.attention import Attention
-from spvit_jax.models.layers import LayerScale, Mlp, PosConv, drop_path
+from spvit_jax.models.layers import LayerScale, Mlp, PosConv, accumulation_dtype, drop_path
 from spvit_jax.models.spatial import Grid
 
 
@@ -18,6 +18,11 @@ class Block(nnx.Module):
     """Attention, MLP and, for SP-ViT, a position convolution.
 
     What kind of attention it is, is decided by who creates the block.
+
+    Attributes:
+      residual_dtype: of the tokens that it takes and returns: that of the computation, but float32
+        at least with LayerScale, whose first branches a bfloat16 sum would round away. Elsewhere
+        it would cost memory traffic for nothing.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Block(nnx.Module):
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
         self.pos_conv = PosConv(dim, dtype=dtype, rngs=rngs) if pos_conv else None
         self.skip_lam = skip_lam
+        self.residual_dtype = dtype if layer_scale is None else accumulation_dtype(dtype)
 
     def __call__(
         self,

@@ -33,13 +33,16 @@ class Mlp(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
+    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239).
+
+    Its result is float32 at least, as are the residual streams that it is added to.
+    """
 
     def __init__(self, dim: int, initial: float):
         self.gamma = nnx.Param(jnp.full((dim,), initial, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.gamma[...].astype(x.dtype)
+        return x * self.gamma[...]
 
 
 def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
@@ -70,6 +73,43 @@ class PatchEmbed(nnx.Module):
         return self.proj(images)
 
 
+class BatchNorm(nnx.BatchNorm):
+    """BatchNorm that in training normalises groups of images by themselves, as GPUs do theirs.
+
+    The running statistics are the mean of what the groups' own would be. Those of torch's DDP,
+    without SyncBatchNorm, are the first GPU's: the same in expectation, with more noise.
+    """
+
+    def __init__(self, channels: int, *, group: int | None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Creates the layer.
+
+        Args:
+          channels: C.
+          group: images that follow each other in the batch and share their statistics; None or
+            more than there are is all of them. It must divide the batch.
+          dtype: of the computation.
+          rngs: as for `nnx.BatchNorm`.
+        """
+        # flax's momentum is one minus torch's.
+        super().__init__(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.group = group
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # without its mask
+        """Normalises [B, h, w, C]."""
+        if self.use_running_average or self.group is None or len(x) <= self.group:
+            return super().__call__(x)
+        graphdef, state = nnx.split(self)
+
+        def normalize(x: jax.Array) -> tuple[jax.Array, nnx.State]:
+            layer = nnx.merge(graphdef, state, copy=True)
+            return layer(x), nnx.state(layer, nnx.BatchStat)
+
+        groups = x.reshape(-1, self.group, *x.shape[1:])
+        normalized, stats = jax.vmap(normalize)(groups)
+        nnx.update(self, jax.tree.map(lambda each: each.mean(axis=0), stats))
+        return normalized.reshape(x.shape)
+
+
 class ConvStem(nnx.Module):
     """LV-ViT's convolutional patch embedding: [B, H, W, 3] → [B, h, w, D].
 
@@ -77,7 +117,16 @@ class ConvStem(nnx.Module):
     projection of the remaining stride (8 for patches of 16).
     """
 
-    def __init__(self, dim: int, patch_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int,
+        width: int,
+        *,
+        batch_norm_group: int | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         def conv(channels: int, kernel: int, stride: int, pad: int) -> nnx.Conv:
             return nnx.Conv(
                 channels,
@@ -91,10 +140,9 @@ class ConvStem(nnx.Module):
                 rngs=rngs,
             )
 
-        def norm() -> nnx.BatchNorm:
-            # flax's momentum is one minus torch's.
+        def norm() -> BatchNorm:
             precise = accumulation_dtype(dtype)
-            return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=precise, rngs=rngs)
+            return BatchNorm(width, group=batch_norm_group, dtype=precise, rngs=rngs)
 
         self.conv1, self.bn1 = conv(3, 7, 2, 3), norm()
         self.conv2, self.bn2 = conv(width, 3, 1, 1), norm()

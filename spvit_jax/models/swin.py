@@ -173,7 +173,7 @@ class PatchMerging(nnx.Module):
 
     def __call__(self, tokens: Tokens) -> Tokens:
         """Maps tokens [B, N, D] of a grid (h, w) to [B, ⌈h/2⌉·⌈w/2⌉, 2D]."""
-        x, (h, w), _ = tokens
+        x, (h, w) = tokens.x, tokens.grid
         batch, _, dim = x.shape
         image = jnp.pad(x.reshape(batch, h, w, dim), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
         h, w = -(-h // 2), -(-w // 2)
@@ -218,8 +218,9 @@ class Swin(Model):
         batch, h, w, dim = patches.shape
         return Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
 
+    @property
     def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Returns where the grid is halved: before the first layer of each stage but the first."""
+        """Where the grid is halved: before the first layer of each stage but the first."""
         starts = itertools.accumulate(self.config.depths[:-1])
         return dict(zip(starts, self.merges, strict=True))
 

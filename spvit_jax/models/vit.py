@@ -32,6 +32,7 @@ class ViTConfig(ModelConfig):
 
     depth: int = 12
     stem_width: int = 0  # channels of LV-ViT's convolutional stem; 0 is a linear embedding
+    batch_norm_group: int | None = None  # images that the stem normalises together in training
     skip_lam: float = 1.0  # each residual branch is divided by this
     layer_scale: float | None = None  # initial value of LayerScale; None is without
 
@@ -51,6 +52,13 @@ class ViTConfig(ModelConfig):
             raise InputError(
                 f"patch_size is {self.patch_size}; the convolutional stem (stem_width="
                 f"{self.stem_width}) halves the image first and needs an even one"
+            )
+        if self.batch_norm_group is not None and not (
+            self.stem_width and self.batch_norm_group > 0
+        ):
+            raise InputError(
+                f"batch_norm_group is {self.batch_norm_group} with stem_width={self.stem_width}; "
+                "expected at least 1 image, in a model with BatchNorm: a convolutional stem's"
             )
         if not 0 <= self.spatial_layers <= self.depth or not 0 <= self.late < self.depth:
             raise InputError(
@@ -98,7 +106,12 @@ class ViT(Model):
         super().__init__(config)
         if config.stem_width:
             self.patch_embed = ConvStem(
-                dim, config.patch_size, config.stem_width, dtype=dtype, rngs=rngs
+                dim,
+                config.patch_size,
+                config.stem_width,
+                batch_norm_group=config.batch_norm_group,
+                dtype=dtype,
+                rngs=rngs,
             )
         else:
             self.patch_embed = PatchEmbed(dim, config.patch_size, dtype=dtype, rngs=rngs)
@@ -120,10 +133,11 @@ class ViT(Model):
         tokens = Tokens(patches.reshape(batch, h * w, dim), (h, w), 0)
         if not self.config.late:
             tokens = self._prepend_prefix(tokens)
-        return tokens._replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
+        return tokens.replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
 
+    @property
     def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Returns where prefix tokens enter late, as in SP-ViT: without a position."""
+        """Where prefix tokens enter late, as in SP-ViT: without a position."""
         return {self.config.late: self._prepend_prefix} if self.config.late else {}
 
     def _prepend_prefix(self, tokens: Tokens) -> Tokens:

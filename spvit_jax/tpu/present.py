@@ -10,6 +10,7 @@ from spvit_jax.tpu.account import Account, Run, bound
 from spvit_jax.tpu.chips import GIB
 from spvit_jax.tpu.compiled import Compiled
 from spvit_jax.tpu.remedies import Trial, as_flags
+from spvit_jax.training import sharding
 
 
 def describe(run: Run) -> str:
@@ -24,7 +25,8 @@ def describe(run: Run) -> str:
         f"topology        {topology.name}, {run.mesh.size} chips with {hosts}; mesh data "
         f"{mesh['data']} × fsdp {mesh['fsdp']}\n"
         f"model           {config.model.name} at {size} pixels in {run.model.dtype}{remat}\n"
-        f"steps           {run.steps:,} of {config.data.batch_size:,} images{micro}"
+        f"steps           {run.steps:,} of {config.data.batch_size:,} images{micro}\n"
+        f"state           {sharding.describe(run.program.abstract, run.mesh)}"
     )
 
 

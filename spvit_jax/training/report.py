@@ -20,7 +20,6 @@ from typing import Self
 
 import jax
 from clu import metric_writers, parameter_overview
-from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -31,20 +30,29 @@ from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import cluster
-from spvit_jax.training.state import Metrics, means
+from spvit_jax.training import cluster, sharding
+from spvit_jax.training.state import Metrics, TrainState, means
 
 
 def summarize(
     config: ConfigDict,
     model: ModelConfig,
-    params: nnx.State,
+    state: TrainState,
     *,
     num_train: int,
     num_eval: int,
     mesh: jax.sharding.Mesh,
 ) -> None:
-    """Prints the resolved configuration, the parameters, and what follows from the settings."""
+    """Prints the resolved configuration, the parameters, and what follows from the settings.
+
+    Args:
+      config: resolved.
+      model: what is trained.
+      state: as shapes with shardings.
+      num_train: examples per epoch.
+      num_eval: examples of an evaluation.
+      mesh: the devices.
+    """
     steps_per_epoch = num_train / config.data.batch_size
     per_1024 = config.optim.lr * 1024 / config.data.batch_size
     if config.optim.ema:
@@ -52,7 +60,9 @@ def summarize(
         average = f"decay {config.optim.ema:g}, a horizon of {horizon:.3g} epochs"
     else:
         average = "off"
-    table = parameter_overview.get_parameter_overview(named_leaves(params), include_stats=False)
+    table = parameter_overview.get_parameter_overview(
+        named_leaves(state.model.params), include_stats=False
+    )
     lines = [
         "configuration\n" + config_lib.to_json(config),
         f"parameters\n{table}",
@@ -62,6 +72,7 @@ def summarize(
         "evaluate on",
         f"devices         {mesh.size} × {mesh.devices.flat[0].device_kind} as data "
         f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']}",
+        f"state           {sharding.describe(state, mesh)}",
         f"schedule        {config.schedule.total:,} steps of {config.data.batch_size} images, "
         f"{config.schedule.total / steps_per_epoch:.4g} epochs",
         f"learning rate   {config.optim.lr:g}, which is {per_1024:.4g} per 1024 images",

@@ -8,6 +8,7 @@ for one line in `models/loop.py` that keeps a batch split by examples.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.models.naming import map_named
 
-# (pattern of a leaf's name, placement): "split" is the largest dimension that divides over the
-# fsdp axis, "replicate" every device. The rules must match every leaf.
+# (pattern of a leaf's name, placement): "split" is over the fsdp axis as `_split` does it,
+# "replicate" every device. The rules must match every leaf.
 Rules = Sequence[tuple[str, str]]
 
 PRESETS: dict[str, Rules] = {
@@ -122,8 +123,8 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
     def place(name: str, leaf: Any) -> NamedSharding:
         for pattern, placement in rules:
             if re.search(pattern, name):
-                spec = P() if placement == "replicate" else _split(leaf.shape, mesh.shape["fsdp"])
-                return NamedSharding(mesh, spec)
+                is_split = placement == "split" and mesh.shape["fsdp"] > 1
+                return _split(leaf.shape, mesh) if is_split else NamedSharding(mesh, P())
         raise ValueError(f"no sharding rule of preset {preset!r} matches {name!r}; add one")
 
     return map_named(place, state)
@@ -139,6 +140,34 @@ def plan(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
         shardings,
     )
     return placed, shardings
+
+
+def bytes_held(state: Any, mesh: Mesh) -> tuple[int, int]:
+    """Returns the bytes of `state` on a device: of leaves split over all of fsdp, and of others.
+
+    Args:
+      state: a pytree of arrays, or of shapes with shardings as `plan` returns them.
+      mesh: from `make_mesh`.
+    """
+    split = rest = 0
+    for leaf in jax.tree.leaves(state):
+        held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        nbytes = held * leaf.dtype.itemsize
+        if held * mesh.shape["fsdp"] == leaf.size:
+            split += nbytes
+        else:
+            rest += nbytes
+    return split, rest
+
+
+def describe(state: Any, mesh: Mesh) -> str:
+    """Returns in words how many bytes of `state` a device holds; arguments as of `bytes_held`."""
+    split, rest = bytes_held(state, mesh)
+    total = f"{(split + rest) / 1e6:,.1f} MB on each device"
+    fsdp = mesh.shape["fsdp"]
+    if fsdp == 1:
+        return f"{total}, nothing split: mesh.fsdp=1"
+    return f"{total}: {split / 1e6:,.1f} split by {fsdp}, {rest / 1e6:,.1f} by less or not at all"
 
 
 def on_mesh(mesh: Mesh, step: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
@@ -191,10 +220,24 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
         )
 
 
-def _split(shape: tuple[int, ...], parts: int) -> P:
-    """Splits the largest dimension that divides, the first of equals; none if none does."""
-    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0 and size >= parts]
-    if parts == 1 or not divisible:
-        return P()
-    axis = max(divisible, key=lambda axis: shape[axis])
-    return P(*(None,) * axis, "fsdp")
+def _split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Splits the largest dimension that divides over the fsdp axis, the first of equals.
+
+    Where none does, as 384 does not by 256, the axis itself is cut in factors, one for each
+    dimension, as many as there are; over what is then left of it the array is replicated.
+    """
+    parts = mesh.shape["fsdp"]
+    dimensions = sorted(range(len(shape)), key=lambda dimension: -shape[dimension])
+    factors = {d: parts for d in dimensions if shape[d] and shape[d] % parts == 0}
+    if factors:
+        return NamedSharding(mesh, P(*(None,) * next(iter(factors)), "fsdp"))
+    for dimension in dimensions:
+        factor = math.gcd(shape[dimension], parts)
+        if factor > 1:
+            factors[dimension] = factor
+            parts //= factor
+    names = {dimension: f"fsdp{dimension}" for dimension in factors}
+    devices = mesh.devices.reshape(mesh.shape["data"], *factors.values(), parts)
+    axis_types = (AxisType.Auto,) * devices.ndim
+    finer = Mesh(devices, ("data", *names.values(), "fsdp_rest"), axis_types=axis_types)
+    return NamedSharding(finer, P(*map(names.get, range(max(factors, default=-1) + 1))))

@@ -254,3 +254,28 @@ def test_branches_of_lvvit_and_spvit_are_scaled_and_dropped_as_their_authors_do(
     for name in list_models(pattern):
         config = model_config(name)
         assert (config.skip_lam, config.drop_path) == (skip_lam, drop_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rows"),
+    [
+        ("deit_s_distilled", {"depth": 1, "remat": True}, ("patch_embed/proj", "dist_head")),
+        ("spvit_s", {"depth": 2, "stem_width": 8, "spatial_layers": 1}, ("blocks/0/attn/prior",)),
+        ("mait_t", {"depth": 3}, ("blocks/2/mlp/fc2",)),
+        ("cait_xxs24", {"depth": 1, "class_layers": 1}, ("class_blocks/0/attn/proj",)),
+        ("swin_t", {"depths": (1, 1), "window": 4}, ("blocks/1/attn/position", "merges/0")),
+    ],
+)
+def test_a_model_can_be_tabulated_and_used_afterwards(name, settings, rows):
+    """flax runs each method under jit while it tabulates, and leaves them so if one fails."""
+    small = {"image_size": 32, "patch_size": 4, "dim": 12, "num_heads": 3, "num_classes": 5}
+    config = model_config(name, **small, **settings)
+    model, images = config.build(CountedRngs(0)), jnp.ones((2, 32, 32, 3))
+    classify = jax.jit(lambda model, images: model(images))
+    before = classify(model, images)
+    console = {"force_terminal": False, "width": 300}
+    lines = nnx.tabulate(model, images, console_kwargs=console).splitlines()
+    paths = {cells[1].strip() for line in lines if len(cells := line.split("│")) > 1}
+    assert paths.issuperset(rows)
+    np.testing.assert_array_equal(classify(model, images), before)
+    config.abstract()  # another of the kind can be made

@@ -83,9 +83,10 @@ def test_window_attention_equals_its_definition(grid, shifted, mask):
 def test_patch_merging_halves_the_grid_and_pads_an_odd_one():
     merging = PatchMerging(3, norm_eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 5 * 4, 3))
-    merged, grid, _ = merging(Tokens(x, (5, 4), 0))
+    tokens = merging(Tokens(x, (5, 4), 0))
+    merged = tokens.x
     assert merged.shape == (2, 3 * 2, 6)
-    assert grid == (3, 2)
+    assert tokens.grid == (3, 2)
     image = np.pad(np.asarray(x).reshape(2, 5, 4, 3), ((0, 0), (0, 1), (0, 0), (0, 0)))
     corner = np.concatenate([image[:, 4, 2], image[:, 5, 2], image[:, 4, 3], image[:, 5, 3]], -1)
     corner = corner - corner.mean(-1, keepdims=True)

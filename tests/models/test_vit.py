@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from spvit_jax.errors import InputError
@@ -165,6 +166,51 @@ def test_the_stems_gradient_is_the_same_when_computed_apart(monkeypatch):
     for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(gradient()), strict=True):
         assert abs(b).max() > 0
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max())
+
+
+def test_batchnorm_of_groups_is_torchs_on_each():
+    """In training, its gradient and what it remembers; in evaluation there are no groups."""
+    rng = np.random.default_rng(0)
+    images, direction = rng.normal(1, 2, (2, 8, 5, 6, 3)).astype(np.float32)
+    images *= np.arange(1, 9, dtype=np.float32)[:, None, None, None]
+    ours = layers_lib.BatchNorm(3, group=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ours.scale[...], ours.bias[...] = rng.normal(size=(2, 3))
+    ours.mean[...], ours.var[...] = rng.normal(size=3), rng.uniform(1, 2, 3)
+    theirs = [torch.nn.BatchNorm2d(3) for _ in range(4)]
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    before = {name: torch.from_numpy(np.array(getattr(ours, names[name])[...])) for name in names}
+
+    @nnx.jit
+    def gradient(layer):
+        x = jnp.asarray(images)
+        return layer(x), jax.grad(lambda x: (nnx.clone(layer)(x) * direction).sum())(x)
+
+    result, grad = gradient(ours)
+    for group, layer in enumerate(theirs):
+        layer.load_state_dict(before, strict=False)
+        part = slice(2 * group, 2 * group + 2)
+        x = torch.from_numpy(images[part].transpose(0, 3, 1, 2)).requires_grad_()
+        expected = layer(x)
+        (expected * torch.from_numpy(direction[part].transpose(0, 3, 1, 2))).sum().backward()
+        expected, slope = (t.detach().numpy().transpose(0, 2, 3, 1) for t in (expected, x.grad))
+        np.testing.assert_allclose(result[part], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(grad[part], slope, rtol=1e-3, atol=1e-5)
+    mean, var = (
+        torch.stack([getattr(one, f"running_{what}") for one in theirs]).mean(0)
+        for what in ("mean", "var")
+    )
+    np.testing.assert_allclose(ours.mean[...], mean, rtol=1e-4)
+    pixels = 2 * 5 * 6  # of which torch remembers the unbiased variance, flax the biased one
+    old = 0.9 * before["running_var"]
+    np.testing.assert_allclose(ours.var[...], old + (var - old) * (pixels - 1) / pixels, rtol=1e-4)
+
+    ours.eval()
+    theirs[0].eval().load_state_dict(
+        {name: torch.from_numpy(np.array(getattr(ours, names[name])[...])) for name in names},
+        strict=False,
+    )
+    expected = theirs[0](torch.from_numpy(images.transpose(0, 3, 1, 2))).detach().numpy()
+    np.testing.assert_allclose(ours(images), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():

@@ -11,6 +11,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import optimizer
 from tests.models.weights import random_variables
+from tests.yardstick import timm
 
 
 def resolved(**changes):
@@ -40,15 +41,29 @@ def test_a_parameter_that_no_rule_knows_is_an_error():
         optimizer.decay_mask({"strange": jnp.ones(3)})
 
 
-def test_schedule():
-    rate = optimizer.make_schedule(resolved())
-    values = np.array([float(rate(step)) for step in range(100)])
-    assert values[0] == pytest.approx(1e-6, rel=1e-4)
-    assert values[5] == pytest.approx((1e-6 + 1e-3) / 2, rel=1e-3)
-    assert values[10] == pytest.approx(1e-3)
-    assert values[45] == pytest.approx((1e-3 + 1e-5) / 2)  # half way down the cosine
-    np.testing.assert_allclose(values[80:], 1e-5, rtol=1e-5)
-    assert values.argmax() == 10
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize("cooldown", [0, 20])
+def test_schedule_is_timms(warmup, cooldown):
+    config = config_lib.base()
+    steps = {"total": 100, "warmup": warmup, "cooldown": cooldown}
+    config.schedule.update({name: f"{number} steps" for name, number in steps.items()})
+    rate = optimizer.make_schedule(config_lib.resolve(config, num_examples=1000))
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.lr)
+    # As its factory makes it of `--epochs`, `--warmup-epochs` and `--cooldown-epochs`.
+    scheduler, total = timm.scheduler.create_scheduler_v2(
+        theirs,
+        "cosine",
+        num_epochs=100 - cooldown,
+        warmup_epochs=warmup,
+        cooldown_epochs=cooldown,
+        min_lr=config.optim.min_lr,
+        warmup_lr=config.optim.warmup_lr,
+    )
+    assert total == 100
+    for step in range(total):
+        scheduler.step(step)
+        (group,) = theirs.param_groups
+        assert float(rate(step)) == pytest.approx(group["lr"], rel=2e-4), step
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -12,8 +12,12 @@ from spvit_jax.config import base, resolve
 from spvit_jax.data.pipeline import Share
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import sharding
+from spvit_jax.tpu import present
+from spvit_jax.tpu.account import DataFacts, plan
+from spvit_jax.tpu.chips import CHIPS, Topology
+from spvit_jax.training import report, sharding
 from spvit_jax.training.optimizer import make_optimizer
+from tests.test_config import digits
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,54 @@ def test_largest_dimension_that_divides_is_split():
     assert specs["step"] == P()
     replicated = sharding.state_shardings(tree, mesh, "replicated")
     assert all(s.spec == P() for s in jax.tree.leaves(replicated))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "part"),
+    [
+        ((12, 10), 8, (3, 5)),  # 4 × 2
+        ((7, 7, 3, 4), 8, (7, 7, 3, 1)),  # 4, and twice the same
+        ((6,), 4, (3,)),
+        ((7, 9), 8, (7, 9)),
+        ((2, 6, 2), 8, (1, 3, 1)),  # 2 × 2 × 2
+    ],
+)
+def test_where_no_dimension_divides_several_are_split_as_far_as_they_go(shape, fsdp, part):
+    mesh = sharding.make_mesh(-1, fsdp)
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    place = sharding.state_shardings({"kernel": array}, mesh, "fsdp")["kernel"]
+    shards = jax.device_put(array, place).addressable_shards
+    assert {shard.data.shape for shard in shards} == {part}
+    assert [shard.device for shard in shards] == list(mesh.devices.flat)
+    for shard in shards:
+        np.testing.assert_array_equal(shard.data, array[shard.index])
+    covered = {str(shard.index) for shard in shards}
+    assert len(covered) == array.size / np.prod(part)
+
+
+def test_what_is_not_split_is_said_before_the_first_step(caplog):
+    """By training and by preflight: the bytes that arrays take on a device."""
+    config = digits("spvit")
+    config.model.update({"depth": 1, "spatial_layers": 0, "dim": 36})
+    config.mesh.fsdp = 8
+    topology = Topology("v5e:2x4", CHIPS["v5e"], jax.devices(), hosts=2)
+    run = plan(config, topology, DataFacts(1297, 500, 10))
+    state = run.program.abstract
+    split, rest = sharding.bytes_held(state, run.mesh)
+    parts = [
+        np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        for leaf in jax.tree.leaves(state)
+    ]
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert split + rest == sum(part.nbytes for part in parts)
+    assert 0 < rest < split
+    assert 8 * split + rest < whole < 8 * (split + rest)
+
+    words = f"{split / 1e6:,.1f} split by 8, {rest / 1e6:,.1f} by less or not at all"
+    assert words in present.describe(run)
+    with caplog.at_level("INFO", "spvit_jax"):
+        report.summarize(run.config, run.model, state, num_train=1297, num_eval=500, mesh=run.mesh)
+    assert words in caplog.text
 
 
 def test_every_leaf_needs_a_rule_and_the_preset_a_name():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +12,8 @@ import pytest
 
 from spvit_jax.data.mix import BatchTransform
 from spvit_jax.data.randaugment import RandAugment
+from spvit_jax.models import model_config
+from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding, step
 from spvit_jax.training import state as state_lib
@@ -76,8 +79,11 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
     """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
     name, _, as_loops = name.partition(", ")
     deeper = {"depth": 4, "spatial_layers": 2} if as_loops else {}
+    if accumulate > 1:  # once also with groups for BatchNorm that lie over several devices
+        deeper["batch_norm_group"] = 4
     transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0)
-    if fsdp == 8:  # once also with what is slow to compile
+    if fsdp == 8:  # once also with dimensions that it does not divide, and with what is slow
+        deeper["dim"] = 12
         transform = dataclasses.replace(transform, rand_augment=RandAugment(), erase=0.5)
     recipe = dataclasses.replace(RECIPE, transform=transform, accumulate=accumulate)
     mesh = sharding.make_mesh(data, fsdp)
@@ -141,6 +147,33 @@ def test_bfloat16_with_recomputation_trains_float32_parameters():
     assert later.metrics["loss"][0] / 13 < first.metrics["loss"][0]
     leaves = named_leaves((later.model, later.ema))
     assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["mait_s_layerscale", "cait_xxs24"])
+def test_bfloat16_trains_layer_scale_from_1e_5_as_float32_does(name):
+    """What the blocks add to the tokens, before and after a step, and what the step changes."""
+
+    def trained(dtype):
+        small = SMALL | {"dim": 96, "num_heads": 4, "depth": 2, "drop_path": 0.0}
+        config = model_config(name, dtype=dtype, num_classes=10, scan=True, **small)
+        assert config.layer_scale == 1e-5
+        adamw = optax.adamw(1e-3)
+        state = state_lib.create(config.build(CountedRngs(0)), adamw, ema=False)
+        recipe = step.Recipe(num_classes=10, transform=TRANSFORM)
+        take = functools.partial(step.train_step, optimizer=adamw, recipe=recipe)
+        after = jax.jit(take)(state, make_batch(), ROOT)
+
+        @jax.jit
+        def added(variables):
+            model, images = variables.model(), TRANSFORM.normalize(make_batch()["image"])
+            first, *_, last = model.hidden_states(model.embed(images))
+            return last.x.astype(jnp.float32) - first.x.astype(jnp.float32)
+
+        step_taken = jax.tree.map(jnp.subtract, after.model.params, state.model.params)
+        return added(state.model), added(after.model), jax.flatten_util.ravel_pytree(step_taken)[0]
+
+    for rounded, exact in zip(trained("bfloat16"), trained("float32"), strict=True):
+        assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
 
 
 def test_first_step_that_is_not_a_number_is_remembered():
