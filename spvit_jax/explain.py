@@ -52,13 +52,15 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
 
     Returns:
       For each layer [H]: the attention inside the model's neighbourhood, averaged over queries
-      and images. Prefix tokens count as near: a query's attention to them is local.
+      and images. Prefix tokens count as near: a query's attention to them is local. Padding of
+      Swin's windows is no query.
     """
     mask = LocalityMask(0, model.config.mask_shape)
     scores = []
     for attention, grid, num_prefix in model.attention_maps(images):
         near = mask.neighbourhood(grid, num_prefix)
-        scores.append(np.asarray(jnp.where(near, attention, 0).sum(-1).mean((0, 2))))
+        inside = jnp.where(near, attention, 0).sum((0, 2, 3))
+        scores.append(np.asarray(inside / attention.any(-1).sum((0, 2))))
     return scores
 
 
@@ -81,11 +83,13 @@ def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
             model.blocks, model.attention_maps(images), strict=True
         )
     ]
-    unit = [rows / jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows, _ in maps]
+    norms = [jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows, _ in maps]
+    # The rows that are 0 are padding of Swin's windows.
+    unit = [rows / jnp.where(norm, norm, 1) for (rows, _), norm in zip(maps, norms, strict=True)]
     similarity = np.full((len(maps), len(maps)), np.nan, np.float32)
     for (a, one), (b, other) in itertools.product(enumerate(unit), repeat=2):
         if maps[a][1] == maps[b][1] and one.shape == other.shape:
-            similarity[a, b] = (one * other).sum(-1).mean()
+            similarity[a, b] = (one * other).sum() / jnp.count_nonzero(norms[a])
     return similarity
 
 
