@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, weights
+from spvit_jax import cli
 from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform
 from spvit_jax.models import Model
@@ -136,13 +137,22 @@ def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+def explain(
+    config: ConfigDict,
+    path: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    which: str = "best",
+    weights: str = "auto",
+) -> dict[str, Any]:
     """Writes `explain.json`, `similarity.png` and, with SP-SA, `priors.png` into a folder.
 
     Args:
       config: as `spvit_jax.config.base`; its model must be the checkpoint's.
-      path: a workdir of training, whose best checkpoint is taken, one checkpoint, or a file.
+      path: a workdir of training, one checkpoint in it, or a file.
       output: folder; created if need be.
+      which: as in `weights.find`.
+      weights: as in `weights.find`.
 
     Returns:
       What `explain.json` holds.
@@ -153,7 +163,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     data = config.data
     source = datasets.for_evaluation(data, data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    found, model_config = weights.find_fitting(path, model_config)
+    found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
     model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
 
     with pipeline.eval_batches(
@@ -191,15 +201,17 @@ def main() -> None:
     output = flags.DEFINE_string(
         "output", None, "Folder for the pictures and the JSON file.", required=True
     )
+    weights = cli.weights_flags()
 
     def run() -> None:
-        result = explain(config(), pathlib.Path(path.value), pathlib.Path(output.value))
+        folder = pathlib.Path(output.value)
+        result = explain(config(), pathlib.Path(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")
         for layer, scores in enumerate(result["locality_scores"]):
             print(f"  layer {layer}: " + "  ".join(f"{score:.2f}" for score in scores))
-        print(f"similarity of layers: {pathlib.Path(output.value) / 'similarity.png'}")
+        print(f"similarity of layers: {folder / 'similarity.png'}")
         if result["priors"]:
-            print(f"learned priors: {pathlib.Path(output.value) / 'priors.png'}")
+            print(f"learned priors: {folder / 'priors.png'}")
 
     cli.run(run)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spvit_jax.errors import InputError
@@ -41,11 +43,13 @@ class Weights:
       where: the file or the checkpoint.
       config: the model, as it was trained.
       read: reads the arrays under their names onto a mesh, by a preset of shardings.
+      is_average: whether they are a moving average.
     """
 
     where: str
     config: ModelConfig
     read: Callable[[Mesh, str], Mapping[str, Any]]
+    is_average: bool
 
     def fit(self, model: ModelConfig) -> ModelConfig:
         """Returns the model with the kinds of layers that the weights have.
@@ -97,41 +101,49 @@ class Weights:
             adapted = adapt(arrays, self.config, model, self.where)
             return map_named(lambda name, _: adapted[_inside(name)], like)
 
-        return jax.jit(make, out_shardings=shardings)(dict(self.read(mesh, preset)))
+        arrays = {name: jnp.asarray(array) for name, array in self.read(mesh, preset).items()}
+        with warnings.catch_warnings():
+            # What is resized or placed elsewhere is copied; the rest need not be there twice.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return jax.jit(make, out_shardings=shardings, donate_argnums=0)(arrays)
 
 
 def find(
     path: pathlib.Path, like: ModelConfig | None, *, which: str = "best", weights: str = "auto"
 ) -> Weights:
-    """Finds weights and what model they are of.
+    """Finds weights and what model they are of, and says which of several it took.
 
     Args:
       path: a workdir of training, one checkpoint in it, a `.pth` or a `.safetensors` file.
       like: the model that they are expected to be of, up to resolution, classes and layer kinds;
         may be None where they say that themselves: in what this project has written.
       which: "best", "last" or a step, where the path is a workdir.
-      weights: "model", "ema" for the moving average, or "auto": an own checkpoint's average
-        where there is one, and in a file the weights themselves.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where there is one: it is what training evaluates, here as in the recipes that
+        files of PyTorch are from, and what timm's `load_checkpoint` takes.
 
     Raises:
       InputError: there are no such weights, they cannot be read, or they are of another model.
     """
     if not files.is_file_of_weights(path):
         directory = checkpoint.find(path, which=which)
+        taken, has_average = checkpoint.choose(directory, weights)
+        _say_which(directory, taken == "ema", has_average)
         fields = checkpoint.model_of(directory)
-        config = _known(like if fields is None else from_dict(fields), path)
+        config = _known(like if fields is None else from_dict(fields, path), path)
 
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
             shapes, _ = plan(config, mesh, preset)
-            variables = checkpoint.load_variables(directory, shapes, weights=weights)
+            variables = checkpoint.load_variables(directory, shapes, weights=taken)
             return arrays_of(variables)
 
-        return Weights(str(directory), config, read)
+        return Weights(str(directory), config, read, taken == "ema")
 
-    state_dict, note = files.read(path, ema=weights == "ema")
-    config = _known(like if note is None else from_dict(note), path)
+    state_dict, note, is_average, has_average = files.read(path, weights=weights)
+    _say_which(path, is_average, has_average)
+    config = _known(like if note is None else from_dict(note, path), path)
     config, arrays = to_ours(state_dict, config, path)
-    return Weights(str(path), config, lambda mesh, preset: arrays)
+    return Weights(str(path), config, lambda mesh, preset: arrays, is_average)
 
 
 def find_fitting(
@@ -149,6 +161,16 @@ def find_fitting(
     model = found.fit(model)
     found.check(model)
     return found, model
+
+
+def _say_which(where: object, is_average: bool, has_average: bool) -> None:
+    if is_average:
+        text = "its moving average is taken; --weights=model takes the weights themselves"
+    elif has_average:
+        text = "the weights themselves are taken, not its moving average"
+    else:
+        text = "it has no moving average; the weights themselves are taken"
+    log.warning("note: %s: %s", where, text)
 
 
 def arrays_of(variables: Variables) -> dict[str, Any]:

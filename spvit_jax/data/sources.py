@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from spvit_jax import atomic
 from spvit_jax.data.digits import Digits
 from spvit_jax.errors import InputError, nearest
 
@@ -202,9 +203,8 @@ def labels_file(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
 
 def save_labels(path: pathlib.Path, labels: np.ndarray) -> None:
     """Writes labels, whole or not at all."""
-    temporary = path.with_suffix(".partial.npy")
-    np.save(temporary, labels)
-    temporary.replace(path)
+    with atomic.writing(path) as temporary:
+        np.save(temporary, labels)
 
 
 class FolderSource:

@@ -25,7 +25,7 @@ def load_torch(
     model: Model,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
-    ema: bool = False,
+    weights: str = "auto",
     new_head: bool = False,
 ) -> None:
     """Puts PyTorch's weights into a model, resized to its resolution.
@@ -33,7 +33,8 @@ def load_torch(
     Args:
       model: of the same architecture.
       source: a `.pth`, `.pth.tar` or `.safetensors` file, or a state dict of tensors or arrays.
-      ema: whether to take the moving average that the file holds beside the weights.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where the file holds one.
       new_head: whether heads for another number of classes are replaced by new ones.
 
     Raises:
@@ -43,7 +44,7 @@ def load_torch(
         where, state_dict = "the state dict", files.as_arrays(source)
     else:
         where = str(source)
-        state_dict, _ = files.read(pathlib.Path(source), ema=ema)
+        state_dict = files.read(pathlib.Path(source), weights=weights).state_dict
     config, arrays = to_ours(state_dict, model.config, where)
     check_classes(config, model.config, where, may_replace=new_head)
     set_arrays(model, adapt(arrays, config, model.config, where))

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import re
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from spvit_jax.errors import InputError
+from spvit_jax import atomic
+from spvit_jax.errors import InputError, first_line
 
 _WEIGHTS = ("state_dict", "model")
 _AVERAGES = ("state_dict_ema", "model_ema")
@@ -37,15 +37,29 @@ def is_file_of_weights(path: pathlib.Path) -> bool:
     return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
 
 
-def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str, Any] | None]:
+class Contents(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+      state_dict: as `as_arrays` returns it.
+      note: what `write` was told to note; None in other people's files.
+      is_average: whether these weights are a moving average.
+      has_average: whether the file holds one, taken or not.
+    """
+
+    state_dict: StateDict
+    note: dict[str, Any] | None
+    is_average: bool
+    has_average: bool
+
+
+def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
     """Reads a file of weights without executing anything in it.
 
     Args:
       path: `.pth`, `.pth.tar` or `.safetensors`.
-      ema: whether to take the moving average of the weights that is in the file beside them.
-
-    Returns:
-      The state dict, as `as_arrays` returns it; and what `write` was told to note.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where there is one.
 
     Raises:
       InputError: the file cannot be read, or holds something else than weights.
@@ -58,13 +72,15 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[StateDict, dict[str,
     if start.lstrip().startswith(b"<"):
         raise InputError(f"{path} is a web page, not weights; download the file itself")
     if path.suffix == ".safetensors":
-        if ema:
-            raise InputError(f"{path} holds one set of weights; leave out --ema")
+        if weights == "ema":
+            raise InputError(f"{path} has no moving average; leave out --weights=ema")
         state_dict, note = _read_safetensors(path)
+        is_average = has_average = False
     else:
         content = _read_pickle(path)
-        state_dict, note = _choose(content, path, ema=ema), content.get(_NOTE)
-    return state_dict, note if isinstance(note, dict) else None
+        state_dict, is_average, has_average = _choose(content, path, weights)
+        note = content.get(_NOTE)
+    return Contents(state_dict, note if isinstance(note, dict) else None, is_average, has_average)
 
 
 def as_arrays(state_dict: Mapping[str, Any]) -> StateDict:
@@ -100,20 +116,18 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
       InputError: the file exists, has another suffix, or cannot be written.
     """
     check_name(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    torch = None if path.suffix == ".safetensors" else _torch()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            metadata = {"format": "pt", _NOTE: json.dumps(note)}
-            safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
-        else:
-            torch = _torch()
-            tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
-            torch.save({"state_dict": tensors, _NOTE: note}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}") from error
+        with atomic.writing(path) as temporary:
+            if torch is None:
+                metadata = {"format": "pt", _NOTE: json.dumps(note)}
+                safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
+            else:
+                tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
+                torch.save({"state_dict": tensors, _NOTE: note}, temporary)
+    # Of a full disk torch and safetensors say so with errors of their own.
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def check_name(path: pathlib.Path) -> None:
@@ -159,24 +173,28 @@ def _unpickle(path: pathlib.Path) -> Any:
         ) from error
 
 
-def _choose(content: dict[str, Any], path: pathlib.Path, *, ema: bool) -> StateDict:
-    """Picks the state dict out of what training saved."""
+def _choose(
+    content: dict[str, Any], path: pathlib.Path, weights: str
+) -> tuple[StateDict, bool, bool]:
+    """Returns a state dict of what training saved, and whether it and any other is an average."""
     torch = _torch()
     averages = [key for key in _AVERAGES if key in content]
-    weights = [key for key in _WEIGHTS if isinstance(content.get(key), dict)]
-    if ema and not averages:
-        known = ", ".join(map(str, list(content)[:6]))
-        raise InputError(f"{path} has no moving average (it has {known}); leave out --ema")
-    keys = averages if ema or not weights else weights
+    plain = [key for key in _WEIGHTS if isinstance(content.get(key), dict)]
+    known = ", ".join(map(str, list(content)[:6])) or "nothing"
+    if weights == "ema" and not averages:
+        raise InputError(f"{path} has no moving average (it has {known}); leave out --weights=ema")
+    if weights == "model" and averages and not plain:
+        raise InputError(f"{path} has nothing but a moving average; leave out --weights=model")
+    is_average = bool(averages) and weights != "model"
+    keys = averages if is_average else plain
     chosen = content[keys[0]] if keys else content
     tensors = {k: v for k, v in chosen.items() if isinstance(k, str) and torch.is_tensor(v)}
     if not tensors:
-        known = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise InputError(
             f"{path} has no weights: expected tensors, or a dictionary of them under one of "
             f"{', '.join(_WEIGHTS + _AVERAGES)}; it has {known}"
         )
-    return as_arrays(tensors)
+    return as_arrays(tensors), is_average, bool(averages)
 
 
 def _as_array(value: Any) -> np.ndarray:

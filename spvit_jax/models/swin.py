@@ -44,10 +44,8 @@ class SwinConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.depths, default=0) < 1:
-            raise InputError(f"depths is {self.depths}; expected at least one layer in each stage")
-        if self.window is not None and self.window < 1:
-            raise InputError(f"window is {self.window}; expected at least 1 patch")
+        if not self.depths:
+            raise InputError("depths is (); expected the number of layers of each stage")
 
     @property
     def window_size(self) -> int:

@@ -25,6 +25,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spvit_jax import atomic
 from spvit_jax import config as config_lib
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
@@ -195,6 +196,5 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
             break  # cut off by a kill; nothing follows it
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    with atomic.writing(path) as temporary:
+        temporary.write_text("".join(kept))
