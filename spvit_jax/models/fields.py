@@ -5,7 +5,6 @@ Python, the command line, a checkpoint or a file of somebody else: all go throug
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import reprlib
@@ -56,7 +55,7 @@ def check_fields(config: Any) -> None:
     Raises:
       InputError: a field has a value of another type, no finite number, or one out of its range.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _is_a(value, hint):
             raise InputError(f"{name} is {reprlib.repr(value)}; expected {_describe(hint)}")
@@ -99,11 +98,6 @@ def read_image_size(text: str) -> int | tuple[int, int]:
         )
     height, width = match.groups()
     return (int(height), int(width)) if width else int(height)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def _is_a(value: Any, hint: Any) -> bool:
