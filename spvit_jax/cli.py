@@ -130,6 +130,19 @@ def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     return lambda: holder.value
 
 
+def weights_flags() -> Getter[dict[str, str]]:
+    """Defines --step and --weights; the function gives them as `weights.find` takes them."""
+    which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
+    weights = flags.DEFINE_enum(
+        "weights",
+        "auto",
+        ["auto", "model", "ema"],
+        "The weights themselves (model) or their moving average (ema); auto is the average where "
+        "there is one, in a checkpoint and in a file of PyTorch.",
+    )
+    return lambda: {"which": which.value, "weights": weights.value}
+
+
 def cluster_flags() -> Getter[cluster.Address | None]:
     """Defines the flags of several processes; the function gives where this one belongs, if so."""
     coordinator = flags.DEFINE_string(

@@ -58,7 +58,7 @@ def base() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
-    model.image_size = placeholder(object)  # pixels, one number or (height, width); None: 224
+    model.image_size = placeholder(object)  # pixels: 384, (height, width) or 160x256; None: 224
     # The other fields are None for the named model's own value.
     model.patch_size = placeholder(int)  # pixels
     model.stem_width = placeholder(int)  # channels of the convolutional stem; 0 is linear

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import re
-import shutil
 from collections.abc import Callable
 from typing import cast
 
@@ -24,13 +22,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import atomic, cli
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.classes import ClassNames
-from spvit_jax.errors import InputError
+from spvit_jax.errors import InputError, first_line
 from spvit_jax.interop import DIALECTS, Dialect, files, to_theirs
-from spvit_jax.models import ModelConfig, ViTConfig, model_config
+from spvit_jax.models import ModelConfig, ViTConfig, model_config, read_image_size
 from spvit_jax.models.complexity import count_parameters
 from spvit_jax.models.resize import check_adaptable
 from spvit_jax.training import checkpoint, sharding
@@ -44,7 +42,7 @@ def convert(
     output: pathlib.Path,
     like: ModelConfig | None,
     *,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     which: str = "best",
     weights: str = "auto",
@@ -56,7 +54,7 @@ def convert(
       source: as `weights.find`.
       output: where to write; must not exist yet.
       like: the model, up to resolution, classes and layer kinds; None for an own checkpoint's.
-      image_size: (height, width) in pixels; None keeps that of the weights.
+      image_size: pixels, one number or (height, width); None keeps that of the weights.
       num_classes: with another number than the weights', the head is new; None keeps it.
       which: as `weights.find`.
       weights: as `weights.find`.
@@ -80,10 +78,12 @@ def convert(
     if num_classes is not None:
         model = dataclasses.replace(model, num_classes=num_classes)
     found.check(model, new_head=num_classes is not None)
-    same = model.num_classes == found.config.num_classes
+    class_names = found.class_names if model.num_classes == found.config.num_classes else None
     variables = found.load(model, sharding.make_mesh(-1, 1))
-    write(output, variables, model, found.class_names if same else None)
-    _report(found, model, output)
+    lines = _changes(found, model)
+    del found  # and with it what was read, so that memory holds the weights once
+    write(output, variables, model, class_names)
+    print(*lines, f"wrote     {output}: {_describe(model)}", sep="\n")
     return model
 
 
@@ -98,15 +98,11 @@ def write_checkpoint(
     Raises:
       InputError: it cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_variables(temporary, variables, model, class_names)
-        temporary.rename(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.replacing(output) as temporary:
+            checkpoint.save_variables(temporary, variables, model, class_names)
+    except Exception as error:  # whatever a full disk makes orbax raise
+        raise InputError(f"cannot write {output}: {first_line(error)}") from error
 
 
 def write_torch(
@@ -123,16 +119,19 @@ def write_torch(
     files.write(output, to_theirs(arrays, model, dialect), model.to_dict())
 
 
-def _report(found: weights_lib.Weights, model: ModelConfig, output: pathlib.Path) -> None:
-    """Prints what was read, what was changed on the way, and what was written."""
+def _changes(found: weights_lib.Weights, model: ModelConfig) -> list[str]:
+    """Returns lines that say what was read, and what was changed on the way."""
     old, height, width = found.config, *model.image_shape
-    print(f"read      {found.where}: {_describe(old)}")
+    kind = "moving average, " if found.is_average else ""
+    lines = [f"read      {found.where}: {kind}{_describe(old)}"]
     if old.grid != model.grid:
         grids = "{}×{} to {}×{}".format(*old.grid, *model.grid)
-        print(f"resized   from a grid of {grids} patches, for {height}×{width} pixels")
+        lines.append(f"resized   from a grid of {grids} patches, for {height}×{width} pixels")
     if old.num_classes != model.num_classes:
-        print(f"new head  of {model.num_classes} classes; that of {old.num_classes} is left out")
-    print(f"wrote     {output}: {_describe(model)}")
+        lines.append(
+            f"new head  of {model.num_classes} classes; that of {old.num_classes} is left out"
+        )
+    return lines
 
 
 def _describe(model: ModelConfig) -> str:
@@ -159,13 +158,10 @@ def main() -> None:
     names = flags.DEFINE_enum("names", "authors", DIALECTS, "Whose names a file of PyTorch has.")
     size = flags.DEFINE_string("image_size", None, "Pixels, 384 or HEIGHTxWIDTH; default as it is.")
     classes = flags.DEFINE_integer("num_classes", None, "Replace a head of another class count.")
-    ema = flags.DEFINE_bool(
-        "ema", None, "Take the moving average; by default an own checkpoint's, but not a file's."
-    )
-    which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
+    weights = cli.weights_flags()
 
     def run() -> None:
-        image_size = _parse_size(size.value)
+        image_size = read_image_size(size.value) if size.value else None
         target = pathlib.Path(output.value)
         write: Writer = write_checkpoint
         if reverse.value:
@@ -177,25 +173,15 @@ def main() -> None:
             _model(arch.value, config(), image_size),
             image_size=image_size,
             num_classes=classes.value,
-            which=which.value,
-            weights={None: "auto", True: "ema", False: "model"}[ema.value],
             write=write,
+            **weights(),
         )
 
     cli.run(run)
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:[x×,](\d+))?", text)
-    if match is None:
-        raise InputError(f"--image_size is {text!r}; expected pixels such as 384, or 320x480")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def _model(
-    arch: str | None, config: ConfigDict | None, image_size: tuple[int, int] | None
+    arch: str | None, config: ConfigDict | None, image_size: int | tuple[int, int] | None
 ) -> ModelConfig | None:
     """Returns the model that --arch or --config names, or None without either."""
     if arch and config:

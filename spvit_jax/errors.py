@@ -45,6 +45,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"; known names are {', '.join(options)}"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns what an error of a library says, without the pages that may follow."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: object
 ) -> None:

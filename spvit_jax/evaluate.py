@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 from absl import flags
@@ -32,7 +33,7 @@ from spvit_jax.training.step import Recipe, eval_step
 
 def evaluate_checkpoint(
     config: ConfigDict, path: pathlib.Path, *, which: str, weights: str, split: str | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluates a checkpoint.
 
     Args:
@@ -45,7 +46,8 @@ def evaluate_checkpoint(
         are numbered by their names as the checkpoint's; without names there, the training split's.
 
     Returns:
-      `top1`, `top5`, `loss`, `count`, and `images_per_second` once compiled.
+      `top1`, `top5`, `loss`, `count`, `images_per_second` once compiled, and `weights`, "ema" or
+      "model", which were taken.
 
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
@@ -85,7 +87,10 @@ def evaluate_checkpoint(
         jax.block_until_ready(eval_fn(variables, sharding.put_batch(next(first), mesh)))
     start = time.monotonic()
     results = evaluate(eval_fn, variables, batches(), mesh)
-    return results | {"images_per_second": results["count"] / (time.monotonic() - start)}
+    return results | {
+        "images_per_second": results["count"] / (time.monotonic() - start),
+        "weights": "ema" if found.is_average else "model",
+    }
 
 
 def main() -> None:
@@ -94,8 +99,7 @@ def main() -> None:
     path = flags.DEFINE_string(
         "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True
     )
-    which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
-    weights = flags.DEFINE_enum("weights", "auto", ["auto", "ema", "model"], "Which weights.")
+    weights = cli.weights_flags()
     split = flags.DEFINE_string("split", None, "Split of the data set; default data.eval_split.")
     output = flags.DEFINE_string("json", None, "File to write the results to.")
     address = cli.cluster_flags()
@@ -105,9 +109,8 @@ def main() -> None:
             results = evaluate_checkpoint(
                 config(),
                 pathlib.Path(path.value),
-                which=which.value,
-                weights=weights.value,
                 split=split.value,
+                **weights(),
             )
             text = json.dumps(results, indent=2) + "\n"
             if cluster.is_primary():

@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, plan, weights
+from spvit_jax import cli, plan
 from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform
 from spvit_jax.models import Model
@@ -52,13 +53,15 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
 
     Returns:
       For each layer [H]: the attention inside the model's neighbourhood, averaged over queries
-      and images. Prefix tokens count as near: a query's attention to them is local.
+      and images. Prefix tokens count as near: a query's attention to them is local. Padding of
+      Swin's windows is no query.
     """
     mask = LocalityMask(0, model.config.mask_shape)
     scores = []
     for attention, grid, num_prefix in model.attention_maps(images):
         near = mask.neighbourhood(grid, num_prefix)
-        scores.append(np.asarray(jnp.where(near, attention, 0).sum(-1).mean((0, 2))))
+        inside = jnp.where(near, attention, 0).sum((0, 2, 3))
+        scores.append(np.asarray(inside / attention.any(-1).sum((0, 2))))
     return scores
 
 
@@ -81,11 +84,13 @@ def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
             model.blocks, model.attention_maps(images), strict=True
         )
     ]
-    unit = [rows / jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows, _ in maps]
+    norms = [jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows, _ in maps]
+    # The rows that are 0 are padding of Swin's windows.
+    unit = [rows / jnp.where(norm, norm, 1) for (rows, _), norm in zip(maps, norms, strict=True)]
     similarity = np.full((len(maps), len(maps)), np.nan, np.float32)
     for (a, one), (b, other) in itertools.product(enumerate(unit), repeat=2):
         if maps[a][1] == maps[b][1] and one.shape == other.shape:
-            similarity[a, b] = (one * other).sum(-1).mean()
+            similarity[a, b] = (one * other).sum() / jnp.count_nonzero(norms[a])
     return similarity
 
 
@@ -132,13 +137,22 @@ def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+def explain(
+    config: ConfigDict,
+    path: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    which: str = "best",
+    weights: str = "auto",
+) -> dict[str, Any]:
     """Writes `explain.json`, `similarity.png` and, with SP-SA, `priors.png` into a folder.
 
     Args:
       config: as `spvit_jax.config.base`; its model must be the checkpoint's.
-      path: a workdir of training, whose best checkpoint is taken, one checkpoint, or a file.
+      path: a workdir of training, one checkpoint in it, or a file.
       output: folder; created if need be.
+      which: as in `weights.find`.
+      weights: as in `weights.find`.
 
     Returns:
       What `explain.json` holds.
@@ -150,7 +164,7 @@ def explain(config: ConfigDict, path: pathlib.Path, output: pathlib.Path) -> dic
     data = config.data
     source = datasets.for_evaluation(data, data.eval_split)
     like = config_lib.model_settings(config, num_classes=source.num_classes)
-    found = weights.find(path, like)
+    found = weights_lib.find(path, like, which=which, weights=weights)
     source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
     model_config = found.fit(model_config)
@@ -192,15 +206,17 @@ def main() -> None:
     output = flags.DEFINE_string(
         "output", None, "Folder for the pictures and the JSON file.", required=True
     )
+    weights = cli.weights_flags()
 
     def run() -> None:
-        result = explain(config(), pathlib.Path(path.value), pathlib.Path(output.value))
+        folder = pathlib.Path(output.value)
+        result = explain(config(), pathlib.Path(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")
         for layer, scores in enumerate(result["locality_scores"]):
             print(f"  layer {layer}: " + "  ".join(f"{score:.2f}" for score in scores))
-        print(f"similarity of layers: {pathlib.Path(output.value) / 'similarity.png'}")
+        print(f"similarity of layers: {folder / 'similarity.png'}")
         if result["priors"]:
-            print(f"learned priors: {pathlib.Path(output.value) / 'priors.png'}")
+            print(f"learned priors: {folder / 'priors.png'}")
 
     cli.run(run)
 

@@ -14,10 +14,12 @@ import logging
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -52,6 +54,7 @@ class Weights:
       where: the file or the checkpoint.
       config: the model, as it was trained.
       read: reads the arrays under their names onto a mesh, by a preset of shardings.
+      is_average: whether they are a moving average.
       missing_heads: the model's heads that the weights lack, as those of a backbone do.
       class_names: of the classes that it was trained on, by number; None if not known.
     """
@@ -59,6 +62,7 @@ class Weights:
     where: str
     config: ModelConfig
     read: Callable[[Mesh, str], Mapping[str, Any]]
+    is_average: bool
     missing_heads: frozenset[str] = frozenset()
     class_names: ClassNames | None = None
 
@@ -151,7 +155,11 @@ class Weights:
             adapted = adapt(arrays, self.config, model, self.where, new_head=new_head)
             return map_named(lambda name, _: adapted[_inside(name)], like)
 
-        return jax.jit(make, out_shardings=shardings)(dict(self.read(mesh, preset)))
+        arrays = {name: jnp.asarray(array) for name, array in self.read(mesh, preset).items()}
+        with warnings.catch_warnings():
+            # What is resized or placed elsewhere is copied; the rest need not be there twice.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return jax.jit(make, out_shardings=shardings, donate_argnums=0)(arrays)
 
 
 def find(
@@ -161,7 +169,7 @@ def find(
     which: str = "best",
     weights: str = "auto",
 ) -> Weights:
-    """Finds weights and what model they are of.
+    """Finds weights and what model they are of, and says which of several it took.
 
     Args:
       source: a workdir of training, one checkpoint in it, what `interop.files.read` takes, or a
@@ -169,41 +177,57 @@ def find(
       like: the model that they are expected to be of, up to resolution, classes and layer kinds;
         may be None where they say that themselves: in what this project has written.
       which: "best", "last" or a step, where the path is a workdir.
-      weights: "model", "ema" for the moving average, or "auto": an own checkpoint's average
-        where there is one, and in a file the weights themselves.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where there is one: it is what training evaluates, here as in the recipes that
+        files of PyTorch are from, and what timm's `load_checkpoint` takes.
 
     Raises:
       InputError: there are no such weights, they cannot be read, or they are of another model.
     """
     if isinstance(source, Mapping):
         where = "the state dict"
-        found = unwrap(source, where, ema=weights == "ema")
+        found = unwrap(source, where, weights=weights)
         if found.changes:
             log.warning("note: %s: %s", where, "; ".join(found.changes))
-        return _of_torch(as_arrays(found.tensors, where), _known(like, where), where)
+        _say_which(where, found.is_average, found.has_average)
+        arrays = as_arrays(found.tensors, where)
+        return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
 
     # A workdir may have been exported into itself.
     if checkpoint.newest(source) is not None or not files.is_file_of_weights(source):
         directory = checkpoint.find(source, which=which)
+        taken, has_average = checkpoint.choose(directory, weights)
+        _say_which(directory, taken == "ema", has_average)
         fields = checkpoint.model_of(directory)
-        config = _known(like if fields is None else from_dict(fields), source)
+        config = _known(like if fields is None else from_dict(fields, source), source)
 
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
             shapes, _ = plan(config, mesh, preset)
-            variables = checkpoint.load_variables(directory, shapes, weights=weights)
+            variables = checkpoint.load_variables(directory, shapes, weights=taken)
             return arrays_of(variables)
 
         names = checkpoint.class_names_of(directory)
-        return Weights(str(directory), config, read, class_names=names)
+        return Weights(str(directory), config, read, taken == "ema", class_names=names)
 
-    contents = files.read(source, ema=weights == "ema")
-    if contents.note is None:
-        return _of_torch(contents.state_dict, _known(like, source), str(source))
-    return _of_torch(contents.state_dict, from_dict(contents.note), str(source), says_grid=True)
+    contents = files.read(source, weights=weights)
+    _say_which(source, contents.is_average, contents.has_average)
+    config = _known(like if contents.note is None else from_dict(contents.note, source), source)
+    return _of_torch(
+        contents.state_dict,
+        config,
+        str(source),
+        is_average=contents.is_average,
+        says_grid=contents.note is not None,
+    )
 
 
 def _of_torch(
-    state_dict: files.StateDict, like: ModelConfig, where: str, *, says_grid: bool = False
+    state_dict: files.StateDict,
+    like: ModelConfig,
+    where: str,
+    *,
+    is_average: bool,
+    says_grid: bool = False,
 ) -> Weights:
     """Returns the weights of a state dict, expected to be of the model `like`."""
     config, arrays = to_ours(state_dict, like, where, may_lack_heads=True)
@@ -215,7 +239,7 @@ def _of_torch(
             *(where, height * width, height, width, side, side),
         )
     missing = {name.partition("/")[0] for name in shapes_of(config).keys() - arrays.keys()}
-    return Weights(where, config, lambda mesh, preset: arrays, frozenset(missing))
+    return Weights(where, config, lambda mesh, preset: arrays, is_average, frozenset(missing))
 
 
 def load_torch(
@@ -271,6 +295,16 @@ def find_fitting(
     model = found.fit(model)
     found.check(model)
     return found, model
+
+
+def _say_which(where: object, is_average: bool, has_average: bool) -> None:
+    if is_average:
+        text = "its moving average is taken; --weights=model takes the weights themselves"
+    elif has_average:
+        text = "the weights themselves are taken, not its moving average"
+    else:
+        text = "it has no moving average; the weights themselves are taken"
+    log.warning("note: %s: %s", where, text)
 
 
 def arrays_of(variables: Variables) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +15,20 @@ import torch
 
 from spvit_jax import config as config_lib
 from spvit_jax import weights
+from spvit_jax.convert import write_checkpoint, write_torch
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform
 from spvit_jax.errors import InputError
 from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.interop import files, to_theirs
 from spvit_jax.models import model_config
+from spvit_jax.models.complexity import count_parameters
 from spvit_jax.models.naming import shapes_of
 from spvit_jax.train import train
 from spvit_jax.training import sharding
 from tests.commands import CONFIG, SMALL, records_of, run
 from tests.interop.torch_models import TorchViT
+from tests.models.weights import random_variables
 from tests.models.weights import run as run_model
 from tests.test_config import digits
 
@@ -40,7 +45,8 @@ def trained(environment, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(environment, trained):
     path = trained.parent / "digits.pth"
-    result = run(environment, "convert", "--reverse", f"--input={trained}", f"--output={path}")
+    args = ["--reverse", "--weights=ema", f"--input={trained}", f"--output={path}"]
+    result = run(environment, "convert", *args)
     assert "SP-SA in 1 layers" in result.stdout
     return path
 
@@ -197,6 +203,87 @@ def random_file(path, config):
     files.write(path, to_theirs(arrays, config), config.to_dict())
 
 
+def test_a_file_says_whether_it_has_an_average_and_which_was_taken(data_dir, tmp_path, caplog):
+    config = digits()
+    config.data.data_dir = data_dir
+    config.data.eval_batch_size = 500
+    small = {"depth": 1, "dim": 24, "num_heads": 3, "image_size": 12, "patch_size": 2}
+    config.model = config_lib.base().model
+    config.model.update(name="deit_ti", **small)
+    model = config_lib.model_settings(config, num_classes=10)
+    sets = {}
+    for key, seed in (("state_dict", 0), ("state_dict_ema", 1)):
+        variables = random_variables("deit_ti", seed=seed, num_classes=10, **small)
+        arrays = {name: np.asarray(leaf) for name, leaf in weights.arrays_of(variables).items()}
+        theirs = to_theirs(arrays, model)
+        sets[key] = {name: torch.from_numpy(array) for name, array in theirs.items()}
+    both, plain = tmp_path / "both.pth", tmp_path / "plain.pth"
+    torch.save(sets, both)
+    torch.save({"state_dict": sets["state_dict"]}, plain)
+
+    def result(path, weights):
+        caplog.clear()
+        found = evaluate_checkpoint(config, path, which="best", weights=weights, split=None)
+        return found["loss"], found["weights"], caplog.messages
+
+    average, taken, [message] = result(both, "auto")
+    assert taken == "ema"
+    assert message.startswith(f"note: {both}: its moving average is taken; --weights=model")
+    loss, taken, [message] = result(both, "model")
+    assert taken == "model"
+    assert message == f"note: {both}: the weights themselves are taken, not its moving average"
+    assert loss != average
+    again, taken, [message] = result(plain, "auto")
+    assert taken == "model"
+    assert message == f"note: {plain}: it has no moving average; the weights themselves are taken"
+    assert again == loss
+
+
+PEAK = """
+import functools, gc, pathlib, sys
+from spvit_jax import convert
+from spvit_jax.models import model_config
+
+def memory(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+for source, output in zip(sys.argv[1::2], sys.argv[2::2]):
+    gc.collect()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = memory("VmRSS")
+    write = convert.write_checkpoint
+    if output.endswith(".safetensors"):
+        write = functools.partial(convert.write_torch, dialect="authors")
+    convert.convert(pathlib.Path(source), pathlib.Path(output), None, write=write)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_conversion_takes_twice_the_memory_of_the_file(direction, environment, tmp_path):
+    """Beside what JAX's compiler and orbax take of a file of any size, about 40 MB."""
+    arguments = []
+    for name, dim in (("small", 16), ("large", 512)):  # the small one has everything imported
+        variables = random_variables("deit_s", depth=8, image_size=32, dim=dim, num_heads=4)
+        config = model_config("deit_s", depth=8, image_size=32, dim=dim, num_heads=4)
+        if direction == "in":
+            source, output = tmp_path / f"{name}.pth", tmp_path / name
+            write_torch(source, variables, config, dialect="authors")
+        else:
+            source, output = tmp_path / name, tmp_path / f"{name}.safetensors"
+            write_checkpoint(source, variables, config)
+        arguments += [source, output]
+    size = 4 * count_parameters(config)
+    assert size > 90e6
+    program = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    peak = int(result.stdout.splitlines()[-1])
+    print(f"{direction}: {peak / size:.2f} of the file")
+    assert peak < 2 * size + 64e6
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -225,6 +312,7 @@ def test_a_function_that_the_weights_do_not_show_is_warned_of(tmp_path, caplog):
     random_file(path, trained)
     found = weights.find(path, None)
     assert found.config == trained
+    caplog.clear()
     found.check(dataclasses.replace(trained, image_size=64, drop_path=0.3, dtype="bfloat16"))
     assert caplog.messages == []
     found.check(dataclasses.replace(trained, masked_heads=None))

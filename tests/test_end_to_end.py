@@ -215,7 +215,8 @@ def test_a_run_can_start_from_another_ones_weights(environment, reference, tmp_p
 
 def test_explain_draws_the_priors(environment, reference, tmp_path):
     result = run(
-        environment, "explain", CONFIG, *SMALL, f"--checkpoint={reference}", f"--output={tmp_path}"
+        *(environment, "explain", CONFIG, *SMALL),
+        *(f"--checkpoint={reference}", "--weights=ema", f"--output={tmp_path}"),
     )
     assert "priors.png" in result.stdout
     for name in ("priors.png", "similarity.png"):

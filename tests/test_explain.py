@@ -44,6 +44,17 @@ def test_locality_is_the_share_of_attention_nearby(name, settings, heads):
         np.testing.assert_allclose(layer[2:], expected[name], rtol=1e-5)
 
 
+def test_padding_of_swins_windows_counts_for_nothing():
+    """A 6×6 grid in windows of 5×5, padded to 10×10: queries are patches, keys are padding too."""
+    settings = SMALL | {"depths": (1, 1), "window": 5}
+    variables = random_variables("swin_t", **settings)
+    model = variables.replace(params=jax.tree.map(jnp.zeros_like, variables.params)).model()
+    images = jax.random.normal(jax.random.key(0), (2, 24, 24, 3))
+    # Along an axis 2, 3, 3, 3, 2 of 5 places are near the patches 0 to 4, and 2 of 5 near the last.
+    np.testing.assert_allclose(locality_scores(model, images)[0], (15 / 6) ** 2 / 25, rtol=1e-5)
+    np.testing.assert_allclose(layer_similarity(model, images)[0, 0], 1, rtol=1e-5)
+
+
 def test_only_spatial_layers_have_a_learned_prior():
     settings = SMALL | {"depth": 3, "stem_width": 8, "spatial_layers": 2}
     priors = learned_priors(random_variables("spvit_s", **settings).model())

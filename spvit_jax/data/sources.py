@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tqdm import tqdm
 
+from spvit_jax import atomic
 from spvit_jax.classes import ClassNames
 from spvit_jax.data.digits import Digits
 from spvit_jax.data.records import check_files
@@ -241,9 +242,8 @@ def labels_file(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
 
 def save_labels(path: pathlib.Path, labels: np.ndarray) -> None:
     """Writes labels, whole or not at all."""
-    temporary = path.with_suffix(".partial.npy")
-    np.save(temporary, labels)
-    temporary.replace(path)
+    with atomic.replacing(path) as temporary:
+        np.save(temporary, labels)
 
 
 class Subset:

@@ -57,16 +57,17 @@ class _Set(NamedTuple):
     tensors: dict[str, Any]
 
 
-def unwrap(content: Mapping[Any, Any], where: object, *, ema: bool = False) -> Unwrapped:
+def unwrap(content: Mapping[Any, Any], where: object, *, weights: str = "auto") -> Unwrapped:
     """Finds the weights in what training saved.
 
     Args:
       content: a state dict, or dictionaries around one or several.
       where: what to call it in an error.
-      ema: whether to take the moving average of the weights that is beside them.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where there is one.
 
     Raises:
-      InputError: there are none, there are several that could be meant, or there is no average.
+      InputError: there are none, or several that could be meant, or not those asked for.
     """
     found = list(_sets(content))
     averages = [one for one in found if one.is_average]
@@ -77,9 +78,11 @@ def unwrap(content: Mapping[Any, Any], where: object, *, ema: bool = False) -> U
             f"{where} has no weights: expected tensors, or a dictionary of them under one of "
             f"{', '.join(CONTAINERS)}; it has {known}"
         )
-    if ema and not averages:
-        raise InputError(f"{where} has no moving average (it has {known}); leave out --ema")
-    candidates = averages if ema or not plain else plain
+    if weights == "ema" and not averages:
+        raise InputError(f"{where} has no moving average (it has {known}); leave out --weights=ema")
+    if weights == "model" and not plain:
+        raise InputError(f"{where} has nothing but a moving average; leave out --weights=model")
+    candidates = plain if weights == "model" or not averages else averages
     if len(candidates) > 1:
         several = ", ".join(".".join(one.keys) for one in candidates)
         raise InputError(f"{where} holds several sets of weights: {several}; keep one of them")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
 import stat
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from spvit_jax.errors import InputError, shown
+from spvit_jax import atomic
+from spvit_jax.errors import InputError, first_line, shown
 from spvit_jax.interop import pickles
 from spvit_jax.interop.containers import unwrap
 from spvit_jax.interop.pickles import import_torch
@@ -57,27 +57,28 @@ def is_file_of_weights(path: pathlib.Path) -> bool:
     return path.exists() or path.suffix in SUFFIXES
 
 
-def read(path: pathlib.Path, *, ema: bool = False) -> Contents:
+def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
     """Reads a file of weights without executing anything in it, and logs what was done to it.
 
     Args:
       path: a file of `torch.save` or safetensors, the index of one that is split into several, or
         a folder with `model.safetensors`, `pytorch_model.bin` or `model.bin` or their index.
-      ema: whether to take the moving average of the weights that is in the file beside them.
+      weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
+        the average where there is one.
 
     Raises:
       InputError: the file cannot be read, or holds something else than weights.
     """
     file = (_in_folder(path) or path) if path.is_dir() else path
     content, note = _content(file)
-    weights = unwrap(content, file, ema=ema)
-    if weights.changes:
-        log.warning("note: %s: %s", file, "; ".join(weights.changes))
+    unwrapped = unwrap(content, file, weights=weights)
+    if unwrapped.changes:
+        log.warning("note: %s: %s", file, "; ".join(unwrapped.changes))
     return Contents(
-        as_arrays(weights.tensors, file),
+        as_arrays(unwrapped.tensors, file),
         note if isinstance(note, dict) else None,
-        weights.is_average,
-        weights.has_average,
+        unwrapped.is_average,
+        unwrapped.has_average,
     )
 
 
@@ -105,20 +106,18 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
       InputError: the file exists, has another suffix, or cannot be written.
     """
     check_name(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    torch = None if path.suffix == ".safetensors" else import_torch()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            metadata = {"format": "pt", _NOTE: json.dumps(note)}
-            safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
-        else:
-            torch = import_torch()
-            tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
-            torch.save({"state_dict": tensors, _NOTE: note}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}") from error
+        with atomic.replacing(path) as temporary:
+            if torch is None:
+                metadata = {"format": "pt", _NOTE: json.dumps(note)}
+                safetensors.numpy.save_file(state_dict, temporary, metadata=metadata)
+            else:
+                tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
+                torch.save({"state_dict": tensors, _NOTE: note}, temporary)
+    # Of a full disk torch and safetensors say so with errors of their own.
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def check_name(path: pathlib.Path) -> None:

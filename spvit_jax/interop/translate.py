@@ -59,7 +59,7 @@ def to_ours(
     arrays = {}
     for row in rows:
         theirs = tuple(given[name] for name in row.theirs)
-        arrays[row.ours] = np.ascontiguousarray(row.layout.read(theirs, shapes[row.ours].shape))
+        arrays[row.ours] = row.layout.read(theirs, shapes[row.ours].shape)
     return config, arrays
 
 

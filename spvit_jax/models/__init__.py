@@ -16,6 +16,7 @@ from flax import nnx
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.models.base import Model, ModelConfig, Outputs
 from spvit_jax.models.cait import CaiT, CaiTConfig
+from spvit_jax.models.fields import read_field, read_image_size
 from spvit_jax.models.swin import Swin, SwinConfig
 from spvit_jax.models.vit import ViT, ViTConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "from_dict",
     "list_models",
     "model_config",
+    "read_image_size",
 ]
 
 FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig, CaiTConfig, SwinConfig)
@@ -173,45 +175,55 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
 def model_config(
     name: str,
     *,
-    image_size: int | tuple[int, int] = 224,
+    image_size: int | tuple[int, int] | str = 224,
     num_classes: int = 1000,
     **overrides: Any,
 ) -> ModelConfig:
     """Returns the configuration of a named model with some of its fields replaced.
+
+    Args:
+      name: one of `list_models()`.
+      image_size: pixels: one number, (height, width), or a text such as "160x256".
+      num_classes: C.
+      **overrides: fields of `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Raises:
       InputError: the name or a field is unknown, or the fields contradict each other.
     """
     _check_name(name)
     base = _MODELS[name]
-    overrides = {field: _as_tuple(value) for field, value in overrides.items()}
     fields = [field.name for field in dataclasses.fields(base)]
     for field in overrides:
         if field not in fields:
             raise InputError(f"model {name!r} has no field {field!r}{nearest(field, fields)}")
-    return dataclasses.replace(
-        base, image_size=_as_tuple(image_size), num_classes=num_classes, **overrides
-    )
+    settings = {"image_size": image_size, "num_classes": num_classes, **overrides}
+    return dataclasses.replace(base, **{k: read_field(k, v) for k, v in settings.items()})
 
 
-def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+def from_dict(fields: Mapping[str, Any], where: object = "a file") -> ModelConfig:
     """Returns the configuration that `ModelConfig.to_dict` was called on, also through JSON.
 
+    Args:
+      fields: as `to_dict` returns them.
+      where: what to call their origin in an error.
+
     Raises:
-      InputError: the fields are not those of a model of this version.
+      InputError: the fields are not those of a model of this version, or no model can have them.
     """
     families = {family.__name__: family for family in FAMILIES}
     try:
-        settings = {name: _as_tuple(value) for name, value in fields.items() if name != "family"}
+        settings = {name: read_field(name, v) for name, v in fields.items() if name != "family"}
         return families[fields["family"]](**settings)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"saved settings of a model cannot be read: {error}") from error
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(
+            f"settings of a model cannot be read from {where}: {str(error)[:300]}"
+        ) from error
 
 
 def create_model(
     name: str,
     *,
-    image_size: int | tuple[int, int] = 224,
+    image_size: int | tuple[int, int] | str = 224,
     num_classes: int = 1000,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
@@ -220,7 +232,7 @@ def create_model(
 
     Args:
       name: one of `list_models()`.
-      image_size: pixels, one number or (height, width).
+      image_size: pixels: one number, (height, width), or a text such as "160x256".
       num_classes: C.
       rngs: for the initial weights; `nnx.Rngs(0)` if not given.
       **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
@@ -233,11 +245,6 @@ def create_model(
     """
     config = model_config(name, image_size=image_size, num_classes=num_classes, **overrides)
     return config.build(rngs if rngs is not None else nnx.Rngs(0))
-
-
-def _as_tuple(value: Any) -> Any:
-    """Makes lists, which JSON has in the place of tuples, tuples again."""
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _check_name(name: str) -> None:

@@ -17,6 +17,7 @@ from flax import nnx, struct
 from spvit_jax.errors import InputError
 from spvit_jax.models import loop
 from spvit_jax.models.block import Block
+from spvit_jax.models.fields import check_fields
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.layers import ConvStem, PatchEmbed, accumulation_dtype
 from spvit_jax.models.loop import Run, find_runs
@@ -57,8 +58,9 @@ class ModelConfig:
     scan: bool = False  # run like blocks as one loop, which compiles fast at any depth
 
     def __post_init__(self) -> None:
+        check_fields(self)
         height, width = self.image_shape
-        if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
+        if height % self.patch_size or width % self.patch_size:
             raise InputError(
                 f"image_size {height}×{width} is not a multiple of patch_size {self.patch_size}; "
                 "choose a size that is"
@@ -67,6 +69,10 @@ class ModelConfig:
             raise InputError(
                 f"dim {self.dim} is not a multiple of num_heads {self.num_heads}; "
                 "each head takes an equal share of the channels"
+            )
+        if int(self.dim * self.mlp_ratio) < 1:
+            raise InputError(
+                f"mlp_ratio is {self.mlp_ratio} at dim {self.dim}; the MLP would have no channels"
             )
         if not 0 <= self.drop_path < 1:
             raise InputError(f"drop_path is {self.drop_path}; expected a rate in [0, 1)")
@@ -79,9 +85,9 @@ class ModelConfig:
         schedule, heads = self.masked_heads, self.heads_per_layer()
         if schedule is None or schedule == "thirds":
             return
-        if isinstance(schedule, str):
-            raise InputError(f"masked_heads is {schedule!r}; the one name is 'thirds'")
-        if min(count for count, _ in schedule) < 0 or len(heads) != sum(n for n, _ in schedule):
+        if min((count for count, _ in schedule), default=0) < 0 or len(heads) != sum(
+            n for n, _ in schedule
+        ):
             raise InputError(
                 f"masked_heads {schedule} covers {sum(n for n, _ in schedule)} layers, the model "
                 f"has {len(heads)}; the layer counts must add up to the depth"

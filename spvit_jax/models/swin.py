@@ -44,10 +44,8 @@ class SwinConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.depths, default=0) < 1:
-            raise InputError(f"depths is {self.depths}; expected at least one layer in each stage")
-        if self.window is not None and self.window < 1:
-            raise InputError(f"window is {self.window}; expected at least 1 patch")
+        if not self.depths:
+            raise InputError("depths is (); expected the number of layers of each stage")
 
     @property
     def window_size(self) -> int:
@@ -79,8 +77,8 @@ class WindowAttention(Attention):
     """Attention of each patch to those in its window, with a bias for each offset.
 
     Along an axis on which the grid is no larger than the window, one window spans the grid and
-    there is no shift. A grid that windows do not divide is padded with zeros, which take part, as
-    in the authors' code for detection.
+    there is no shift. A grid that windows do not divide is shifted, then padded with zeros, which
+    take part; the seam is that of the padded grid (as in timm, so that its weights give the same).
 
     Attributes:
       window: (rows, columns) of a window in patches.
@@ -132,9 +130,14 @@ class WindowAttention(Attention):
         return self._undo_cut(self.proj(out.reshape(windows.shape)), grid)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
-        """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32."""
+        """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32.
+
+        A row of padding, which is no patch and asks nothing, is 0.
+        """
         q, k, _ = self._qkv(self._cut(x, grid))
-        return attention_weights(q, k, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
+        weights = attention_weights(q, k, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
+        is_patch = self._cut(jnp.ones((*x.shape[:2], 1), weights.dtype), grid)
+        return weights * is_patch[:, None]
 
     def _bias_of_batch(self, batch: int, grid: Grid) -> jax.Array:
         bias = self.bias(grid)
@@ -145,8 +148,8 @@ class WindowAttention(Attention):
         (h, w), (rows, columns), dim = grid, self.window, x.shape[-1]
         height, width = _padded(grid, self.window)
         image = x.reshape(-1, h, w, dim)
-        image = jnp.pad(image, ((0, 0), (0, height - h), (0, width - w), (0, 0)))
         image = jnp.roll(image, (-self.shift[0], -self.shift[1]), axis=(1, 2))
+        image = jnp.pad(image, ((0, 0), (0, height - h), (0, width - w), (0, 0)))
         cut = image.reshape(-1, height // rows, rows, width // columns, columns, dim)
         return cut.swapaxes(2, 3).reshape(-1, rows * columns, dim)
 
@@ -154,9 +157,8 @@ class WindowAttention(Attention):
         (h, w), (rows, columns), dim = grid, self.window, windows.shape[-1]
         height, width = _padded(grid, self.window)
         cut = windows.reshape(-1, height // rows, width // columns, rows, columns, dim)
-        image = cut.swapaxes(2, 3).reshape(-1, height, width, dim)
-        image = jnp.roll(image, self.shift, axis=(1, 2))
-        return image[:, :h, :w].reshape(-1, h * w, dim)
+        image = cut.swapaxes(2, 3).reshape(-1, height, width, dim)[:, :h, :w]
+        return jnp.roll(image, self.shift, axis=(1, 2)).reshape(-1, h * w, dim)
 
 
 class PatchMerging(nnx.Module):

@@ -22,7 +22,7 @@ from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from spvit_jax.classes import ClassNames
-from spvit_jax.errors import InputError, WriteError, check_shapes
+from spvit_jax.errors import InputError, WriteError, check_shapes, first_line
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import cluster
@@ -136,7 +136,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # whatever a damaged file makes orbax raise
-                problem = _first_line(error)
+                problem = first_line(error)
             # A file may be damaged where only some of the processes read it.
             problems = [text for text in cluster.gather(problem) if text]
             if not problems:
@@ -220,18 +220,15 @@ def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
     return folder / str(step)
 
 
-def load_variables(
-    checkpoint: pathlib.Path, like: Variables, *, weights: str = "auto"
-) -> Variables:
-    """Reads the weights alone out of a checkpoint of training.
+def choose(checkpoint: pathlib.Path, weights: str) -> tuple[str, bool]:
+    """Returns which weights of a checkpoint a choice means, and whether it has a moving average.
 
     Args:
       checkpoint: from `find`.
-      like: the model's arrays or their shapes with shardings.
       weights: "ema", "model", or "auto" for the moving average where there is one.
 
     Raises:
-      InputError: the checkpoint is damaged, of another model, or has no moving average.
+      InputError: the checkpoint is damaged, or has no moving average.
     """
     if weights not in ("auto", "ema", "model"):
         raise InputError(f"weights is {weights!r}; expected 'auto', 'ema' or 'model'")
@@ -241,6 +238,23 @@ def load_variables(
         weights = "ema" if "ema" in sections else "model"
     if weights not in sections:
         raise InputError(f"checkpoint {checkpoint} has no {weights!r}; choose --weights=model")
+    return weights, "ema" in sections
+
+
+def load_variables(
+    checkpoint: pathlib.Path, like: Variables, *, weights: str = "auto"
+) -> Variables:
+    """Reads the weights alone out of a checkpoint of training.
+
+    Args:
+      checkpoint: from `find`.
+      like: the model's arrays or their shapes with shardings.
+      weights: as `choose`.
+
+    Raises:
+      InputError: the checkpoint is damaged, of another model, or has no moving average.
+    """
+    weights, _ = choose(checkpoint, weights)
     abstract = {weights: like}
     with _readable(checkpoint):
         return _from_tree(_read(checkpoint, _to_tree(abstract), partial=True), abstract)[weights]
@@ -332,7 +346,7 @@ def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -340,12 +354,7 @@ def _reason(error: Exception) -> str:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))
-    return getattr(error, "strerror", None) or _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    """Returns what an error of orbax says, without the pages that may follow."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _to_tree(state: Any) -> dict[str, Any]:

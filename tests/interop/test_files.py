@@ -32,22 +32,29 @@ def save(path, content, **options):
 @pytest.mark.parametrize("name", ["a.pth", "a.pth.tar", "a.pt"])
 def test_weights_are_found_wherever_they_are(tmp_path, key, name):
     path = save(tmp_path / name, WEIGHTS if key is None else {key: WEIGHTS, "epoch": 3})
-    state_dict, note, *_ = files.read(path)
-    assert note is None
+    state_dict, note, is_average, has_average = files.read(path)
+    assert (note, is_average, has_average) == (None, False, False)
     assert state_dict.keys() == {"head.weight", "head.bias"}
     np.testing.assert_array_equal(state_dict["head.weight"], [[0, 1, 2], [3, 4, 5]])
 
 
 @pytest.mark.parametrize("key", ["state_dict_ema", "model_ema"])
-def test_the_moving_average_is_taken_when_asked(tmp_path, key):
+def test_the_moving_average_is_taken_unless_the_weights_are_asked_for(tmp_path, key):
+    def read(path, **choice):
+        state_dict, _, is_average, has_average = files.read(path, **choice)
+        return state_dict["head.bias"][0], is_average, has_average
+
     path = save(tmp_path / "a.pth", {"state_dict": WEIGHTS, key: AVERAGE})
-    assert files.read(path)[0]["head.bias"][0] == 1
-    assert files.read(path, ema=True)[0]["head.bias"][0] == 2
+    assert read(path) == read(path, weights="ema") == (2, True, True)
+    assert read(path, weights="model") == (1, False, True)
     alone = save(tmp_path / "b.pth", {key: AVERAGE})
-    assert files.read(alone)[0]["head.bias"][0] == 2
+    assert read(alone) == (2, True, True)
+    with pytest.raises(InputError, match="nothing but a moving average"):
+        read(alone, weights="model")
     without = save(tmp_path / "c.pth", {"model": WEIGHTS})
+    assert read(without) == read(without, weights="model") == (1, False, False)
     with pytest.raises(InputError, match=r"no moving average \(it has model\)"):
-        files.read(without, ema=True)
+        read(without, weights="ema")
 
 
 def test_the_authors_command_line_beside_the_weights_is_let_through(tmp_path):

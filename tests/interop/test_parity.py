@@ -70,6 +70,13 @@ SMALL = {
         {"image_size": (64, 96), "depths": (2, 2), "window": 4},
         {"img_size": (64, 96), "depths": (2, 2), "window_size": 4, "num_heads": (3, 6)},
     ),
+    # Windows of 7, which timm has at any size, divide neither 64×80 patches nor 32×40.
+    "swin_padded": (
+        "swin_t",
+        "swin_tiny_patch4_window7_224",
+        {"image_size": (256, 320), "depths": (2, 2), "window": 7},
+        {"img_size": (256, 320), "depths": (2, 2), "num_heads": (3, 6)},
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 
@@ -105,8 +106,47 @@ def test_settings_survive_json():
         model_config("swin_t", depths=(2, 2), **settings),
     ):
         assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(InputError, match="settings of a model cannot be read"):
-        from_dict({"family": "ViTConfig", "width": 3})
+    with pytest.raises(
+        InputError, match=r"settings of a model cannot be read from a\.pth: .*width"
+    ):
+        from_dict({"family": "ViTConfig", "width": 3}, "a.pth")
+
+
+ABSURD = {
+    "dim": (0, -384, 1 << 40, 384.0, True, None, "384", [384]),
+    "depth": (0, 3000, 1e3),
+    "mlp_ratio": (math.nan, math.inf, 0, -4.0, 1e9, "4"),
+    "skip_lam": (0, 0.0, -1.0, math.nan),
+    "mask_radius": ("wide", -1, [1], [1, 2, 3], [1, None], 1.5),
+    "image_size": ("16x", "x", "16x20x3", 0, [224], "9999999", {}),
+    "num_classes": (0, 10**9, "many"),
+    "norm_eps": (0, math.nan),
+    "layer_scale": (math.nan, "1e-5"),
+    "qkv_bias": (1, "yes"),
+    "masked_heads": ("halves", [[1]], [[12, 1.0]], 3, []),
+    "prior_extent": (0, 14.0),
+    "dtype": (32, None),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, vs in ABSURD.items() for v in vs])
+def test_settings_of_no_model_are_refused_wherever_they_come_from(field, value):
+    """In a file, which may be anybody's, and from the user."""
+    saved = model_config("deit_s").to_dict() | {field: value}
+    with pytest.raises(InputError, match=f"cannot be read from a.pth: {field} ") as error:
+        from_dict(saved, "a.pth")
+    with pytest.raises(InputError) as told:
+        model_config("deit_s", **{field: value})
+    assert str(error.value).endswith(str(told.value))
+    assert len(str(told.value)) < 200
+
+
+@pytest.mark.parametrize("size", ["160x256", "160×256", [160, 256], (np.int64(160), 256)])
+def test_an_image_size_may_be_a_text(size):
+    config = create_model("deit_s", depth=1, dim=6, image_size=size).config
+    assert config == model_config("deit_s", depth=1, dim=6, image_size=(160, 256))
+    assert from_dict(json.loads(json.dumps(config.to_dict() | {"image_size": "160x256"}))) == config
+    assert model_config("deit_s", image_size="384") == model_config("deit_s", image_size=384)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +241,8 @@ def test_same_seed_same_weights():
         ("mait_s", {"mask_kind": "fuzzy"}, "'soft' or 'hard'"),
         ("cait_s24", {"masked_heads": ((12, 9), (12, 0))}, "asks for 9 masked heads in layer 0"),
         ("swin_t", {"masked_heads": ((12, 4),)}, "asks for 4 masked heads in layer 0, which has 3"),
-        ("swin_t", {"depths": (2, 0, 2)}, "at least one layer in each stage"),
-        ("swin_t", {"window": 0}, "at least 1 patch"),
+        ("swin_t", {"depths": (2, 0, 2)}, "expected whole numbers of at least 1"),
+        ("swin_t", {"window": 0}, "window is 0; expected a whole number or None of at least 1"),
         ("swin_t", {"image_size": 226}, "226×226 is not a multiple of patch_size 4"),
         ("swin_t", {"spatial_layers": 2}, "has no field 'spatial_layers'"),
         ("spvit_s", {"class_token_layer": 16}, "at most 15"),

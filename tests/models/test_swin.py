@@ -17,23 +17,24 @@ DIM, HEADS, WINDOW = 12, 3, 4
 
 
 def expected_attention(x, p, grid, shift, mask):
-    """Over all pairs of patches of the padded grid: who shares a window, and with what bias."""
+    """Over all pairs of places of the shifted and padded grid: who shares a window, what bias."""
     (h, w), d = grid, DIM // HEADS
     rows, columns = min(h, WINDOW), min(w, WINDOW)
     height, width = -(-h // rows) * rows, -(-w // columns) * columns
-    image = np.zeros((len(x), height, width, DIM))
-    image[:, :h, :w] = x.reshape(len(x), h, w, DIM)
-    qkv = reference.linear(image.reshape(len(x), -1, DIM), p, "qkv")
     y, x_ = (axis.ravel() for axis in np.divmod(np.arange(height * width), width))
+    # What lies at each place: a patch of the image, or padding.
+    patch = (y + shift[0]) % h * w + (x_ + shift[1]) % w
+    is_patch = (y < h) & (x_ < w)
+    qkv = reference.linear(np.where(is_patch[:, None], x[:, patch], 0), p, "qkv")
 
-    def window_of(position, size, step, moved):
-        """A window's number, and whether the patch came around from the other side."""
-        return (position - moved) % size // step, position < moved
+    def region_of(position, size, step, moved):
+        """A window's number, and whether the place is behind the seam."""
+        return position // step, position >= size - moved
 
-    place = np.stack(
-        [*window_of(y, height, rows, shift[0]), *window_of(x_, width, columns, shift[1])]
+    region = np.stack(
+        [*region_of(y, height, rows, shift[0]), *region_of(x_, width, columns, shift[1])]
     )
-    together = (place[:, :, None] == place[:, None, :]).all(0)
+    together = (region[:, :, None] == region[:, None, :]).all(0)
     dy, dx = y[None, :] - y[:, None], x_[None, :] - x_[:, None]
     out = np.empty((len(x), height * width, DIM))
     for head in range(HEADS):
@@ -49,8 +50,10 @@ def expected_attention(x, p, grid, shift, mask):
         if mask and head < mask.num_masked and mask.kind == "hard":
             scores = np.where(far, -np.inf, scores)
         out[..., head * d : (head + 1) * d] = reference.softmax(scores) @ v
-    out = reference.linear(out, p, "proj").reshape(len(x), height, width, DIM)
-    return out[:, :h, :w].reshape(x.shape)
+    out = reference.linear(out, p, "proj")
+    result = np.empty_like(x)
+    result[:, patch[is_patch]] = out[:, is_patch]
+    return result
 
 
 @pytest.mark.parametrize("mask", [None, LocalityMask(2), LocalityMask(2, kind="hard")])
@@ -107,14 +110,25 @@ def test_windows_follow_the_image_unless_they_are_given():
 
 
 def test_attention_maps_are_those_of_the_windows():
-    settings = {"image_size": (32, 48), "depths": (2, 1), "dim": 12, "window": 4}
+    settings = {"image_size": (32, 64), "depths": (2, 1), "dim": 12, "window": 4}
     variables = random_variables("swin_t", **settings)
-    images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
+    images = jax.random.normal(jax.random.key(0), (2, 32, 64, 3))
     maps = jax.jit(lambda x: variables.model().attention_maps(x))(images)
     assert [m.grid for m in maps] == [(4, 4)] * 3
-    assert [m.weights.shape for m in maps] == [(12, 3, 16, 16)] * 2 + [(4, 6, 16, 16)]
+    assert [m.weights.shape for m in maps] == [(16, 3, 16, 16)] * 2 + [(4, 6, 16, 16)]
     for weights, _, _ in maps:
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_padding_of_a_window_has_no_attention_map(layer):
+    """The grid of 6×9 patches becomes 8×12, of which 54 places hold a patch."""
+    variables = random_variables("swin_t", image_size=(24, 36), depths=(2,), dim=12, window=4)
+    images = jax.random.normal(jax.random.key(0), (2, 24, 36, 3))
+    maps = jax.jit(lambda x: variables.model().attention_maps(x))(images)
+    sums = np.asarray(maps[layer].weights.sum(-1))
+    np.testing.assert_allclose(sums[sums > 0], 1, rtol=1e-5)
+    np.testing.assert_array_equal((sums > 0).sum((0, 2)), [2 * 54] * 3)
 
 
 @pytest.mark.parametrize("name", ["swin_t", "cait_xxs24"])

@@ -18,8 +18,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from spvit_jax import cli, plan, weights
+from spvit_jax import cli, plan
 from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import WholeTransform
 from spvit_jax.data.sources import Source
@@ -51,17 +52,22 @@ def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | N
 
 
 def predicted(
-    config: config_lib.ConfigDict, path: pathlib.Path, source: Source
+    config: config_lib.ConfigDict,
+    path: pathlib.Path,
+    source: Source,
+    *,
+    which: str = "best",
+    weights: str = "auto",
 ) -> Iterator[np.ndarray | None]:
     """Yields the label map of each image that a model with a dense head makes of the whole image.
 
-    An image that cannot be read has none.
+    An image that cannot be read has none. `which` and `weights` are those of `weights.find`.
 
     Raises:
       InputError: the model has no dense head, or its weights cannot be used.
     """
     model = config_lib.model_settings(config, num_classes=source.num_classes)
-    found, model = weights.find_fitting(path, model)
+    found, model = weights_lib.find_fitting(path, model, which=which, weights=weights)
     found.check_class_names(source.class_names, "choose a teacher of the same classes")
     if not getattr(model, "dense_head", False):
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
@@ -145,13 +151,14 @@ def _pack() -> None:
 def _make() -> None:
     config = cli.config_flag()
     path = flags.DEFINE_string("checkpoint", None, "Weights with a dense head.", required=True)
+    weights = cli.weights_flags()
     output = _output_flag("The .npy file to write.")
 
     def run() -> None:
         plan.check_names(config())
         data = config().data
         images = datasets.load(data.dataset, data.train_split, data.data_dir)
-        maps = predicted(config(), pathlib.Path(path.value), images)
+        maps = predicted(config(), pathlib.Path(path.value), images, **weights())
         _write(output(), maps, images, None, path.value)
 
     cli.run(run)

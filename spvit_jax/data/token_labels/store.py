@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from spvit_jax import atomic
 from spvit_jax.classes import ClassNames, check_same
 from spvit_jax.errors import InputError
 
@@ -106,44 +107,52 @@ def write(
     """
     if num_classes > _MOST_CLASSES:
         raise InputError(f"token labels of {num_classes} classes; at most {_MOST_CLASSES} fit")
-    temporary = path.with_name(f".{path.name}.partial")
-    array, missing, waiting = None, 0, 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for index, one in enumerate(maps):
-            if one is None:
-                missing += 1
-                if array is None:
-                    waiting += 1
-                else:
-                    array[index] = -1
-                continue
-            if array is None:
-                array = np.lib.format.open_memmap(
-                    temporary, mode="w+", dtype=np.float16, shape=(count, *one.shape)
-                )
-                array[:waiting] = -1
-            if one.shape != array.shape[1:]:
-                raise InputError(f"label map {index} is {one.shape}; expected {array.shape[1:]}")
-            array[index] = one
-        if array is None:
-            raise InputError("there is no label map for any of the images")
-        array.flush()
-        facts = {
-            "images": count,
-            "missing": missing,
-            "num_classes": num_classes,
-            "class_names": class_names,
-            "shape": array.shape[1:],
-            "source": source,
-        }
-        _facts_of(path).write_text(json.dumps(facts, indent=2) + "\n")
-        temporary.replace(path)
+        with atomic.replacing(path) as array, atomic.replacing(_facts_of(path)) as text:
+            with array.open("wb") as file:
+                shape, missing = _write_array(file, maps, count)
+            facts = {
+                "images": count,
+                "missing": missing,
+                "num_classes": num_classes,
+                "class_names": class_names,
+                "shape": shape,
+                "source": source,
+            }
+            text.write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return facts
+
+
+def _write_array(
+    file: BinaryIO, maps: Iterable[np.ndarray | None], count: int
+) -> tuple[tuple[int, ...], int]:
+    """Writes maps one after the other as an array file; -1 everywhere where there is none.
+
+    Not through a memory map: with one a full disk ends the process without a word.
+
+    Returns:
+      The shape of each, and how many there are not.
+    """
+    none: np.ndarray | None = None
+    missing = 0
+    for index, one in enumerate(maps):
+        if one is None:
+            missing += 1
+        elif none is None:
+            none = np.full(one.shape, -1, "<f2")
+            header = {"descr": "<f2", "fortran_order": False, "shape": (count, *one.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(index):
+                file.write(none.tobytes())
+        elif one.shape != none.shape:
+            raise InputError(f"label map {index} is {one.shape}; expected {none.shape}")
+        if none is not None:
+            file.write((none if one is None else one.astype("<f2")).tobytes())
+    if none is None:
+        raise InputError("there is no label map for any of the images")
+    return none.shape, missing
 
 
 def _facts_of(path: pathlib.Path) -> pathlib.Path:
