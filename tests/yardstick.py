@@ -8,6 +8,17 @@ for _schema in ("nms", "qnms"):
     _OPERATORS.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
-from timm.data import auto_augment  # noqa: E402
+from timm.data import Mixup, auto_augment, create_transform  # noqa: E402
+from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
+from torchvision import transforms  # noqa: E402
+from torchvision.transforms import InterpolationMode  # noqa: E402
 
-__all__ = ["auto_augment", "timm"]
+__all__ = [
+    "InterpolationMode",
+    "Mixup",
+    "RandomResizedCropAndInterpolation",
+    "auto_augment",
+    "create_transform",
+    "timm",
+    "transforms",
+]
