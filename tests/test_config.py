@@ -130,7 +130,7 @@ def test_every_recipe_resolves_to_what_can_be_trained(name, arg):
     transform = Recipe.of(config, num_classes=1000).transform
     assert transform.rand_augment.std == 0.5
     mix.check_group_size(config)
-    assert transform.mix_group_size < config.data.batch_size or config.data.batch_size == 128
+    assert transform.mix_group_size == config.augment.mix_group_size
     optimizer.make_optimizer(config)
     rate = optimizer.make_schedule(config)
     assert float(rate(config.schedule.warmup)) == pytest.approx(config.optim.lr)
