@@ -5,7 +5,7 @@
         --config.data.data_dir=/data/tensorflow_datasets
 
 Arguments: `model`, one of `spvit_jax.models.list_models()`, and `image_size`, pixels such as
-384 or 256x320, in this order or by name. Crop and interpolation are those of the model's authors.
+384 or 256x320, in this order or by name. Images are resized and cropped as the model's authors did.
 Training with this file takes the defaults of `spvit_jax/config.py`, which are nobody's recipe.
 """
 

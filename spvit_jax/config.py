@@ -105,7 +105,7 @@ def base() -> ConfigDict:
     config.augment = augment = ConfigDict()
     augment.crop_scale = (0.08, 1.0)  # random crop's share of the image's area
     augment.crop_ratio = (3 / 4, 4 / 3)  # random crop's width over height
-    augment.interpolation = "bicubic"  # for training images; or "bilinear", or "random" of both
+    augment.interpolation = "bicubic"  # of crops and RandAugment; or "bilinear", or "random"
     augment.flip = 0.5  # probability of a horizontal flip
     augment.repeats = 1  # of each image in a row, each augmented anew (repeated augmentation)
     augment.rand_augment = placeholder(str)  # timm's "rand-m9-mstd0.5-inc1"; None or "": off
@@ -114,12 +114,13 @@ def base() -> ConfigDict:
     augment.erase = 0.0  # probability of filling a random box with noise
     augment.mixup = 0.0  # α of MixUp; 0 is off
     augment.cutmix = 0.0  # α of CutMix; 0 is off
-    augment.mix_probability = 1.0  # of mixing a batch at all
+    augment.mix_probability = 1.0  # of mixing a group at all
     augment.switch_probability = 0.5  # of CutMix rather than MixUp where both are on
     augment.mix_token = False  # paste a box of another image's patches behind the stem
-    augment.mix_group_size = 128  # images that share such a box
+    augment.mix_group_size = 128  # images that are mixed with each other, by one draw
     augment.eval_crop = placeholder(float)  # side kept by evaluation's crop; None: the model's
     augment.eval_interpolation = placeholder(str)  # for evaluation; None: the model's
+    augment.eval_crop_mode = placeholder(str)  # "center", or "squash" to the model's proportions
 
     config.token_labels = token_labels = ConfigDict()
     token_labels.path = placeholder(str)  # label maps of the train split; None: the image's label
@@ -248,8 +249,8 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
         with fields.ignore_type():
             fields[name] = steps if section == "schedule" else max(steps, 1)
     shape = model_settings(resolved, num_classes=1).image_shape
-    protocol = evaluation_of(resolved, shape)
-    resolved.augment.update(eval_crop=protocol.crop, eval_interpolation=protocol.interpolation)
+    protocol = evaluation_of(resolved, shape)._asdict()
+    resolved.augment.update({f"eval_{field}": value for field, value in protocol.items()})
     group, images = resolved.model.batch_norm_group, config.data.batch_size
     images //= max(config.optim.accumulate, 1)
     if group and images > group and images % group:
@@ -291,12 +292,9 @@ def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
 
 def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> EvaluationProtocol:
     """Returns how evaluation images are made: as the configuration says, else as the model's."""
-    crop, interpolation = evaluation_protocol(config.model.name, image_shape)
-    augment = config.augment
-    return EvaluationProtocol(
-        crop if augment.eval_crop is None else augment.eval_crop,
-        augment.eval_interpolation or interpolation,
-    )
+    protocol = evaluation_protocol(config.model.name, image_shape)
+    chosen = {field: config.augment[f"eval_{field}"] for field in protocol._fields}
+    return protocol._replace(**{k: v for k, v in chosen.items() if v is not None})
 
 
 def claim_workdir(

@@ -34,6 +34,7 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     config.augment.erase = 0.25
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0
+    config.augment.mix_group_size = 128  # what one of 8 GPUs has of the batch
 
     config.data.batch_size = 1024
     config.optim.lr = 1e-3

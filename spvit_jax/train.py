@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
-    mix.check_group_size(batch_size // recipe.accumulate, recipe.mix_token)
+    mix.check_group_size(config)
     share = pipeline.Share(*sharding.local_parts(mesh))
     in_use = checkpoint.newest(workdir) is not None
     init_from = None

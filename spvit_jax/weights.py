@@ -189,7 +189,8 @@ def find(
         found = unwrap(source, where, weights=weights)
         if found.changes:
             log.warning("note: %s: %s", where, "; ".join(found.changes))
-        _say_which(where, found.is_average, found.has_average)
+        if found.has_average:
+            _say_which(where, found.is_average, found.has_average)
         arrays = as_arrays(found.tensors, where)
         return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
 

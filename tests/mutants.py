@@ -337,8 +337,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MixUp's λ is uniform",
         "data/mix.py",
-        "jax.random.beta(keys[2], mixup, mixup)",
-        "jax.random.uniform(keys[2])",
+        "jax.random.beta(key, alpha, alpha, (count,))",
+        "jax.random.uniform(key, (count,))",
         "data/test_mix.py::test_mixups_share_has_the_beta_distribution",
     ),
     Mutant(

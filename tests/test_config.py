@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spvit_jax import config as config_lib
+from spvit_jax.data import mix
 from spvit_jax.errors import InputError
 from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
@@ -188,7 +189,10 @@ def test_every_recipe_resolves_to_what_can_be_trained(name, arg):
     model = config_lib.model_settings(config, num_classes=1000)
     assert config.model.name.startswith(f"{name}_{arg.partition(',')[0]}")
     assert model.image_shape == ((384, 384) if "384" in arg else (224, 224))
-    assert Recipe.of(config, num_classes=1000).transform.rand_augment.std == 0.5
+    transform = Recipe.of(config, num_classes=1000).transform
+    assert transform.rand_augment.std == 0.5
+    mix.check_group_size(config)
+    assert transform.mix_group_size == config.augment.mix_group_size
     optimizer.make_optimizer(config)
     rate = optimizer.make_schedule(config)
     assert float(rate(config.schedule.warmup)) == pytest.approx(config.optim.lr, rel=0.1)
@@ -212,11 +216,17 @@ def test_spvit_recipes_that_there_are_not(arg):
 @pytest.mark.parametrize("name", list_models())
 def test_any_model_has_an_evaluation_on_imagenet(name):
     config = load("imagenet", f"{name},384")
-    crop, interpolation = config_lib.evaluation_of(config, (384, 384))
+    crop, interpolation, mode = config_lib.evaluation_of(config, (384, 384))
     assert crop in (0.875, 0.9, 1.0)
     assert interpolation == "bicubic"
+    assert mode == ("squash" if name.startswith("swin") else "center")
     config.augment.eval_crop = 0.5
-    assert config_lib.evaluation_of(config, (384, 384)) == (0.5, "bicubic")
+    assert config_lib.evaluation_of(config, (384, 384)) == (0.5, "bicubic", mode)
+    config.augment.update(eval_interpolation="bilinear", eval_crop_mode="center")
+    expected = (0.5, "bilinear", "center")
+    assert config_lib.evaluation_of(config, (384, 384)) == expected
+    resolved = config_lib.resolve(config, num_examples=1_281_167).augment
+    assert expected == (resolved.eval_crop, resolved.eval_interpolation, resolved.eval_crop_mode)
 
 
 def test_arguments_of_a_config():

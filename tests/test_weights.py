@@ -86,7 +86,7 @@ def test_load_torch_warns_as_evaluation_does(tmp_path, caplog):
     files.write(path, to_theirs(arrays, trained), trained.to_dict())
     load_torch(create_model("spvit_s", **SPVIT, spatial_layers=2), path)
     words = f"warning: {path} was trained with skip_lam 3.0, and 2.0 is asked for"
-    assert caplog.messages == [words]
+    assert words in caplog.messages
 
 
 def without(state_dict, *heads):
@@ -157,7 +157,7 @@ def test_an_own_file_keeps_its_grid(tmp_path, caplog):
     files.write(path, to_theirs(arrays, config), config.to_dict())
     assert weights.find(path, None).config == config
     assert weights.find(path, model_config("deit_ti", **VIT)).config == config
-    assert caplog.messages == []
+    assert not any("does not say whether" in message for message in caplog.messages)
 
 
 def test_a_workdir_goes_before_what_was_exported_into_it(tmp_path):

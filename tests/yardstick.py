@@ -9,7 +9,19 @@ for _schema in ("nms", "qnms"):
 
 import timm  # noqa: E402
 import timm.scheduler  # noqa: E402
-from timm.data import auto_augment  # noqa: E402
+from timm.data import Mixup, auto_augment, create_transform  # noqa: E402
 from timm.data.mixup import cutmix_bbox_and_lam  # noqa: E402
+from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
+from torchvision import transforms  # noqa: E402
+from torchvision.transforms import InterpolationMode  # noqa: E402
 
-__all__ = ["auto_augment", "cutmix_bbox_and_lam", "timm"]
+__all__ = [
+    "InterpolationMode",
+    "Mixup",
+    "RandomResizedCropAndInterpolation",
+    "auto_augment",
+    "create_transform",
+    "cutmix_bbox_and_lam",
+    "timm",
+    "transforms",
+]

@@ -9,6 +9,7 @@ is done to a whole batch is in `mix.py`, on the device.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Self
 
@@ -26,6 +27,7 @@ Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, wi
 _CROP_ATTEMPTS = 10  # torchvision's
 _EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
+_CROP_MODES = ("center", "squash")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -96,21 +98,32 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """How an evaluation image is made: the centre, with one aspect ratio for all images.
+    """How an evaluation image is made: resized, and its centre cropped, pixel for pixel as in timm.
 
     Attributes:
       size: (height, width) of the result, in pixels.
       crop: the share of the resized image's side that the centre crop keeps, in (0, 1].
       interpolation: "bilinear" or "bicubic".
+      crop_mode: as timm's, "center" keeps the image's proportions, "squash" makes them the
+        result's.
     """
 
     size: tuple[int, int]
     crop: float = 1.0
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        """Raises an `InputError` if there is no such interpolation."""
+        """Raises an `InputError` if there is no such crop, interpolation or crop mode."""
         _check_interpolation(self.interpolation, _FILTERS)
+        if self.crop_mode not in _CROP_MODES:
+            known = nearest(self.crop_mode, _CROP_MODES)
+            raise InputError(f"unknown augment.eval_crop_mode {self.crop_mode!r}{known}")
+        if not 0 < self.crop <= 1:
+            raise InputError(
+                f"augment.eval_crop is {self.crop}; expected the share of the side that the crop "
+                "keeps, more than 0 and at most 1"
+            )
 
     @classmethod
     def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
@@ -125,14 +138,21 @@ class EvalTransform:
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Maps an encoded image to uint8 [height, width, 3]."""
         image = _decode(encoded)
-        shape = tf.cast(tf.shape(image)[:2], tf.float64)
-        target = tf.constant(self.size, tf.float64)
-        # The scale at which the crop, enlarged by 1/crop, just fits into the image.
-        scale = tf.reduce_max(target / self.crop / shape)
-        resized = tf.maximum(tf.cast(tf.round(shape * scale), tf.int32), self.size)
+        resized = self._resized(tf.shape(image)[:2])
         image = _resize(image, resized, _FILTERS[self.interpolation].value)
-        top, left = tf.unstack((resized - self.size) // 2)
-        return tf.image.crop_to_bounding_box(image, top, left, *self.size)
+        # Of an odd margin the half goes to the even side, as Python's `round` does in torchvision.
+        corner = tf.cast(tf.round((resized - self.size) / 2), tf.int32)
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(corner), *self.size)
+
+    def _resized(self, shape: tf.Tensor) -> tf.Tensor:
+        """Returns the size int32 [2] to which an image of a shape int32 [2] is resized."""
+        target = tuple(math.floor(side / self.crop) for side in self.size)
+        if self.crop_mode == "squash":
+            return tf.constant(target)
+        if target[0] == target[1]:  # torchvision's `Resize`
+            return target[0] * shape // tf.reduce_min(shape)
+        sides = tf.cast(shape, tf.float64)  # timm's `ResizeKeepRatio`
+        return tf.cast(tf.round(sides / tf.reduce_min(sides / target)), tf.int32)
 
 
 @dataclasses.dataclass(frozen=True)

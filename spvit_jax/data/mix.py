@@ -14,6 +14,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from spvit_jax.data.randaugment import RandAugment, color_jitter, three_augment
@@ -37,8 +38,9 @@ class BatchTransform:
       erase: probability of filling a random box with noise.
       mixup: α of MixUp.
       cutmix: α of CutMix.
-      mix_probability: of mixing a batch at all.
+      mix_probability: of mixing a group at all.
       switch_probability: of CutMix rather than MixUp where both are on.
+      mix_group_size: images that are mixed with each other, by one draw.
       official_axes: whether token labels take x for y where SP-ViT's authors' code does.
     """
 
@@ -52,6 +54,7 @@ class BatchTransform:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     switch_probability: float = 0.5
+    mix_group_size: int = 128
     official_axes: bool = False
 
     @classmethod
@@ -62,7 +65,7 @@ class BatchTransform:
         return cls(
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
-            rand_augment=RandAugment.parse(policy) if policy else None,
+            rand_augment=RandAugment.parse(policy, augment.interpolation) if policy else None,
             three_augment=augment.three_augment,
             color_jitter=augment.color_jitter,
             erase=augment.erase,
@@ -70,6 +73,7 @@ class BatchTransform:
             cutmix=augment.cutmix,
             mix_probability=augment.mix_probability,
             switch_probability=augment.switch_probability,
+            mix_group_size=augment.mix_group_size,
             official_axes=config.token_labels.official_axes,
         )
 
@@ -100,6 +104,7 @@ class BatchTransform:
             cutmix=self.cutmix,
             probability=self.mix_probability,
             switch_probability=self.switch_probability,
+            group_size=self.mix_group_size,
         )
         return images, targets, moves
 
@@ -184,8 +189,9 @@ def mix(
     cutmix: float,
     probability: float = 1.0,
     switch_probability: float = 0.5,
+    group_size: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes a batch with itself in reverse order, by MixUp or by CutMix.
+    """Mixes groups of images with themselves in reverse order, each by MixUp or by CutMix.
 
     Args:
       images: [B, h, w, 3] float.
@@ -195,32 +201,35 @@ def mix(
       cutmix: α of CutMix (arXiv 1905.04899); 0 is off.
       probability: of mixing at all.
       switch_probability: of CutMix rather than MixUp where both are on.
+      group_size: images for which all this is drawn once, as timm draws it for each GPU; or B
+        where there are fewer.
 
     Returns:
       Images and targets of the same shapes.
     """
     if not mixup and not cutmix:
         return images, targets
+    shape = images.shape[1], images.shape[2]
+    groups = _count_groups(len(images), group_size)
     keys = jax.random.split(key, 5)
-    use_cutmix = jax.random.bernoulli(keys[0], _cutmix_share(mixup, cutmix, switch_probability))
-    use_either = jax.random.bernoulli(keys[1], probability)
-    reversed_images, reversed_targets = images[::-1], targets[::-1]
-
-    mixup_share = jax.random.beta(keys[2], mixup, mixup) if mixup else jnp.float32(1)
-    blended = mixup_share * images + (1 - mixup_share) * reversed_images
-
-    cutmix_share = jax.random.beta(keys[3], cutmix, cutmix) if cutmix else jnp.float32(1)
-    box = random_box(keys[4], (images.shape[1], images.shape[2]), cutmix_share)
-    pasted = jnp.where(box[None, :, :, None], reversed_images, images)
-
-    # The targets' weight is the box's real share: a box at the border is smaller than drawn.
-    share = jnp.where(use_cutmix, 1 - box.mean(), mixup_share)
-    mixed = jnp.where(use_cutmix, pasted, blended)
-    mixed_targets = share * targets + (1 - share) * reversed_targets
-    return (
-        jnp.where(use_either, mixed, images),
-        jnp.where(use_either, mixed_targets, targets),
+    chance = _cutmix_share(mixup, cutmix, switch_probability)
+    use_cutmix = jax.random.bernoulli(keys[0], chance, (groups,))[:, None, None]
+    use_either = jax.random.bernoulli(keys[1], probability, (groups,))[:, None, None]
+    blended = _draw_beta(keys[2], mixup, groups)[:, None, None]
+    boxes = jax.vmap(lambda key, keep: random_box(key, shape, keep))(
+        jax.random.split(keys[4], groups), _draw_beta(keys[3], cutmix, groups)
     )
+    # What each pixel [groups, h, w] keeps of its own image.
+    kept = jnp.where(use_either, jnp.where(use_cutmix, ~boxes, blended), 1)
+
+    def with_partner(x: jax.Array, kept: jax.Array) -> jax.Array:
+        """Mixes [B, ...]; `kept` has groups in the place of B, and 1 where it does not matter."""
+        grouped = x.reshape(groups, -1, *x.shape[1:])
+        kept = kept[:, None]
+        return (kept * grouped + (1 - kept) * grouped[:, ::-1]).reshape(x.shape)
+
+    # A box at the border is smaller than drawn, so that the targets' share is the mean pixel's.
+    return with_partner(images, kept[..., None]), with_partner(targets, kept.mean((1, 2))[:, None])
 
 
 def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +244,7 @@ def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax
     Returns:
       The mixed patches; and bool [B, h, w], where they are the other image's.
     """
-    groups = max(len(patches) // group_size, 1)
+    groups = _count_groups(len(patches), group_size)
     share_key, box_key = jax.random.split(key)
     keep = jax.random.uniform(share_key, (groups,))
     grid = patches.shape[1], patches.shape[2]
@@ -246,18 +255,29 @@ def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax
     return jnp.where(boxes[..., None], partners(patches, group_size), patches), boxes
 
 
-def check_group_size(batch_size: int, group_size: int) -> None:
-    """Raises an `InputError` if a (micro-)batch cannot be cut into groups for MixToken."""
-    if group_size and batch_size > group_size and batch_size % group_size:
-        raise InputError(
-            f"augment.mix_group_size is {group_size}, which does not divide the {batch_size} "
-            "images of a batch (or of a micro-batch); choose one that does"
-        )
+def check_group_size(config: ConfigDict) -> None:
+    """Raises an `InputError` if batches cannot be cut into the groups that are mixed.
+
+    MixUp and CutMix mix a batch before it is cut into micro-batches, MixToken each micro-batch.
+    """
+    augment, batch_size = config.augment, config.data.batch_size
+    group_size = augment.mix_group_size
+    sizes = [batch_size] if augment.mixup or augment.cutmix else []
+    if augment.mix_token:
+        sizes.append(batch_size // config.optim.accumulate)
+    if sizes and group_size < 1:
+        raise InputError(f"augment.mix_group_size is {group_size}; expected at least one image")
+    for size in sizes:
+        if size > group_size and size % group_size:
+            raise InputError(
+                f"augment.mix_group_size is {group_size}, which does not divide the {size} "
+                "images of a batch (or of a micro-batch); choose one that does"
+            )
 
 
 def partners(x: jax.Array, group_size: int) -> jax.Array:
     """Returns for each of [B, ...] the one that MixToken pairs it with: groups reversed."""
-    groups = max(len(x) // group_size, 1)
+    groups = _count_groups(len(x), group_size)
     return x.reshape(groups, -1, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
@@ -282,3 +302,19 @@ def _cutmix_share(mixup: float, cutmix: float, switch_probability: float) -> flo
     if mixup and cutmix:
         return switch_probability
     return 1.0 if cutmix else 0.0
+
+
+def _draw_beta(key: jax.Array, alpha: float, count: int) -> jax.Array:
+    """Draws [count] values of Beta(α, α), or returns ones where α is 0."""
+    if not alpha:
+        return jnp.ones(count)
+    draws = jax.random.beta(key, alpha, alpha, (count,))
+    if jax.sharding.get_abstract_mesh().empty:
+        return draws
+    # Whole on each device: XLA would split the loop that rejects draws, and its devices would
+    # have to agree at every turn.
+    return jax.lax.with_sharding_constraint(draws, PartitionSpec())
+
+
+def _count_groups(batch_size: int, group_size: int) -> int:
+    return max(batch_size // group_size, 1)

@@ -61,16 +61,23 @@ class RandAugment:
       std: standard deviation of the strength, which is drawn anew for each operation.
       layers: operations drawn per image, with replacement.
       probability: with which each that is drawn is applied.
+      interpolation: of warps, "bilinear", "bicubic", or "random" for either with the same
+        probability.
     """
 
     magnitude: float = 9.0
     std: float = 0.5
     layers: int = 2
     probability: float = 0.5
+    interpolation: str = "random"
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str, interpolation: str = "random") -> Self:
         """Reads timm's notation, `rand-m9-n3-mstd0.5-inc1`.
+
+        Args:
+          text: in that notation.
+          interpolation: of warps; timm takes that of the random crop.
 
         Raises:
           InputError: the text is not of that form, or is without `inc1`.
@@ -88,7 +95,7 @@ class RandAugment:
                 f"augment.rand_augment is {text!r}; expected for example 'rand-m9-mstd0.5-inc1', "
                 "with a magnitude m of at most 10, n operations, and inc1"
             )
-        return cls(fields["m"], fields["mstd"], int(fields["n"]), fields["p"])
+        return cls(fields["m"], fields["mstd"], int(fields["n"]), fields["p"], interpolation)
 
     def __call__(
         self, images: jax.Array, keys: jax.Array, fill: jax.Array, *, official_axes: bool = False
@@ -138,7 +145,11 @@ class RandAugment:
             active=jax.random.bernoulli(keys[1], self.probability),
             level=jnp.clip(magnitude, 0, _LARGEST) / _LARGEST,
             sign=jax.random.rademacher(keys[3], (), jnp.float32),
-            bicubic=jax.random.bernoulli(keys[4]),
+            bicubic=(
+                jax.random.bernoulli(keys[4])
+                if self.interpolation == "random"
+                else jnp.array(self.interpolation == "bicubic")
+            ),
         )
 
 

@@ -121,7 +121,7 @@ def plan(
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
     sharding.check_batch_size(config.data.batch_size, mesh, recipe.accumulate)
-    mix.check_group_size(config.data.batch_size // recipe.accumulate, recipe.mix_token)
+    mix.check_group_size(config)
     program = program_lib.build(config, model, recipe, mesh)
     return Run(config, model, mesh, topology, data, program, teacher)
 

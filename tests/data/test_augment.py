@@ -1,4 +1,4 @@
-"""Crops have the distribution that they should, and evaluation agrees with PIL."""
+"""Crops have timm's distribution and geometry, and evaluation has timm's pixels."""
 
 import io
 
@@ -11,6 +11,14 @@ from sklearn.datasets import load_sample_image
 from spvit_jax.data.augment import EvalTransform, TrainTransform, random_crop_box
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
+from spvit_jax.models import evaluation_protocol
+from tests.interop.photographs import odd_photographs
+from tests.yardstick import (
+    InterpolationMode,
+    RandomResizedCropAndInterpolation,
+    create_transform,
+    transforms,
+)
 
 
 def photograph(width=640, height=427):
@@ -63,6 +71,22 @@ def test_crop_falls_back_to_the_centre_where_no_box_fits():
     assert set(left) == {433}
 
 
+@pytest.mark.parametrize("share", [0.08, 0.25, 0.35, 0.7, 1.0])
+@pytest.mark.parametrize("aspect", [3 / 4, 0.8, 1.0, 1.25, 4 / 3])
+def test_a_crops_geometry_is_timms(share, aspect):
+    """With one share and one ratio to draw: its size, or the centre where that does not fit."""
+    scale, ratio = (share, share), (aspect, aspect)
+    draw = tf.function(lambda shape: random_crop_box(shape, (3, 1), scale, ratio))
+    for photograph in odd_photographs():
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+            photograph, scale, ratio
+        )
+        ours = [int(v) for v in draw(tf.constant((photograph.height, photograph.width)))]
+        assert ours[2:] == [height, width]
+        if share == 1 and (height, width) != (photograph.height, photograph.width):
+            assert ours[:2] == [top, left]
+
+
 def test_whole_image_is_kept_where_the_crop_is_the_image():
     image = photograph(64, 64)
     transform = TrainTransform((64, 64), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
@@ -81,16 +105,51 @@ def test_flip_happens_with_its_probability():
     assert 0.19 < np.mean(flipped) < 0.31
 
 
-@pytest.mark.parametrize("size", [(427, 640), (640, 427), (333, 500)])
-@pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
-def test_evaluation_is_pils_resize_and_centre_crop(size, crop):
-    image = photograph(size[1], size[0])
-    ours = EvalTransform((224, 224), crop=crop)(tf.constant(encode(image))).numpy()
+def timms(photograph, **settings):
+    transform = create_transform(is_training=False, use_prefetcher=True, **settings)
+    return transform(photograph).numpy().transpose(1, 2, 0)  # uint8
 
-    shorter = 224 / crop / min(size)
-    resized = image.resize((round(size[1] * shorter), round(size[0] * shorter)), Image.BICUBIC)
-    top, left = (resized.height - 224) // 2, (resized.width - 224) // 2
-    np.testing.assert_array_equal(ours, resized.crop((left, top, left + 224, top + 224)))
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [224, 240, 384])
+@pytest.mark.parametrize("crop", [0.875, 0.9, 0.95, 1.0])
+def test_evaluation_has_timms_pixels(crop, size, interpolation):
+    """On photographs of twelve odd sizes; a size that rounds the other way is a row off."""
+    transform = EvalTransform((size, size), crop, interpolation)
+    for photograph in odd_photographs():
+        theirs = timms(photograph, input_size=size, crop_pct=crop, interpolation=interpolation)
+        np.testing.assert_array_equal(transform(encode(photograph)), theirs)
+
+
+@pytest.mark.parametrize("crop", [0.9, 1.0])
+@pytest.mark.parametrize(
+    ("size", "mode"), [((224, 320), "center"), ((256, 160), "center"), ((384, 384), "squash")]
+)
+def test_evaluation_has_timms_pixels_in_other_proportions(size, mode, crop):
+    transform = EvalTransform(size, crop, crop_mode=mode)
+    for photograph in odd_photographs():
+        settings = {"input_size": (3, *size), "crop_pct": crop, "crop_mode": mode}
+        theirs = timms(photograph, **settings, interpolation="bicubic")
+        np.testing.assert_array_equal(transform(encode(photograph)), theirs)
+
+
+@pytest.mark.parametrize("size", [224, 384])
+def test_swins_evaluation_is_its_authors(size):
+    """To 256 for 224, and the centre; from 384 on to the model's size, whatever the proportions."""
+    transform = EvalTransform((size, size), *evaluation_protocol("swin_b", (size, size)))
+    steps = {
+        224: [transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224)],
+        384: [transforms.Resize((384, 384), InterpolationMode.BICUBIC)],
+    }
+    for photograph in odd_photographs():
+        theirs = np.asarray(transforms.Compose(steps[size])(photograph))
+        np.testing.assert_array_equal(transform(encode(photograph)), theirs)
+
+
+@pytest.mark.parametrize("crop", [0.0, -0.5, 1.1, float("nan")])
+def test_an_evaluation_crop_that_is_no_share(crop):
+    with pytest.raises(InputError, match=r"eval_crop is .*more than 0 and at most 1"):
+        EvalTransform((8, 8), crop)
 
 
 def test_evaluation_of_a_grey_image_that_is_not_square():
@@ -114,16 +173,12 @@ def test_a_jpeg_is_decoded_to_pillows_pixels(mode):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("crop", [0.875, 1.0])
-def test_evaluation_of_a_jpeg_is_pillows(crop):
-    """Shorter side to size / crop, bicubic with antialiasing, then the centre."""
-    encoded = jpeg(photograph(500, 375))
-    ours = EvalTransform((224, 224), crop)(encoded).numpy()
-    short = round(224 / crop)
-    size = (round(500 * short / 375), short)
-    theirs = Image.open(io.BytesIO(encoded)).resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-    np.testing.assert_array_equal(ours, theirs.crop((left, top, left + 224, top + 224)))
+def test_evaluation_of_a_jpeg_is_timms():
+    encoded = jpeg(photograph(499, 375))
+    theirs = timms(
+        Image.open(io.BytesIO(encoded)), input_size=224, crop_pct=0.9, interpolation="bicubic"
+    )
+    np.testing.assert_array_equal(EvalTransform((224, 224), 0.9)(encoded), theirs)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +200,8 @@ def test_interpolation_that_does_not_exist():
         TrainTransform((8, 8), interpolation="bicubik")
     with pytest.raises(InputError, match="known names are bicubic, bilinear"):
         EvalTransform((8, 8), interpolation="random")
+    with pytest.raises(InputError, match="eval_crop_mode 'squahs'; did you mean"):
+        EvalTransform((8, 8), crop_mode="squahs")
 
 
 def test_a_crop_is_the_same_whatever_the_format():

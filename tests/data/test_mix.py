@@ -4,11 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 from scipy.stats import beta, ks_2samp, kstest
 
-from spvit_jax.data.mix import BatchTransform, erase, mix, mix_tokens, normalize
+from spvit_jax import config as config_lib
+from spvit_jax.data.mix import (
+    BatchTransform,
+    check_group_size,
+    erase,
+    mix,
+    mix_tokens,
+    normalize,
+)
 from spvit_jax.data.randaugment import RandAugment
-from tests.yardstick import cutmix_bbox_and_lam
+from spvit_jax.errors import InputError
+from tests.yardstick import Mixup, cutmix_bbox_and_lam
 
 
 def batch(size=6):
@@ -57,6 +68,100 @@ def test_probabilities():
     changed, uniform = kind(keys)
     assert np.mean(changed) == pytest.approx(0.6, abs=0.08)
     assert np.mean(~uniform) == pytest.approx(0.6 * 0.25, abs=0.06)
+
+
+def mixes_of(images, mixed):
+    """What was done to each image of a `batch`, and the share of its pixels that are its own."""
+    result = []
+    for own, image in zip(images[:, 0, 0, 0], mixed[..., 0], strict=True):
+        others = image[image != own]
+        if not len(others):
+            result.append(("nothing", 1.0))
+        elif np.ptp(image) == 0:
+            result.append(("mixup", 0.0))
+        else:
+            assert len(set(others)) == 1
+            result.append(("cutmix", float(np.mean(image == own))))
+    return result
+
+
+def test_each_group_is_mixed_by_a_draw_of_its_own():
+    """As timm mixes the batch of each GPU: within a group one draw, between groups none shared."""
+    images, targets = batch(64)
+    settings = {"mixup": 0.8, "cutmix": 1.0, "probability": 0.8, "group_size": 4}
+    mixed, mixed_targets = (
+        np.asarray(x) for x in mix(images, targets, jax.random.key(1), **settings)
+    )
+    kinds, shares = [], []
+    for first in range(0, 64, 4):
+        group = slice(first, first + 4)
+        # Only the group's own images take part, and each with the one at the other end.
+        assert mixed_targets[group].sum() == mixed_targets[group, group].sum()
+        weights = mixed_targets[group, group]
+        np.testing.assert_array_equal(weights * (1 - np.eye(4) - np.eye(4)[::-1]), 0)
+        own = np.diag(weights)
+        assert (own == own[0]).all()
+        found = mixes_of(np.asarray(images[group]), mixed[group])
+        assert len(set(found)) == 1
+        kinds.append(found[0][0])
+        shares.append(float(own[0]))
+    assert set(kinds) == {"nothing", "mixup", "cutmix"}
+    changed = [share for share, kind in zip(shares, kinds, strict=True) if kind != "nothing"]
+    assert len(set(changed)) == len(changed) > 8
+    np.testing.assert_allclose(mixed_targets.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_fewer_images_than_a_group_are_one(group_size):
+    images, targets = batch(64)
+    _, mixed = mix(images, targets, jax.random.key(0), mixup=0.8, cutmix=0.0, group_size=group_size)
+    partner = np.asarray(mixed) - np.diag(np.diag(mixed))
+    np.testing.assert_array_equal(partner.argmax(1), np.arange(64)[::-1])
+
+
+def test_a_groups_shares_are_distributed_as_timms():
+    """The share of its own label that an image keeps, over 4,000 groups and as many of timm's."""
+    images, targets = batch(2)
+    settings = {"mixup": 0.8, "cutmix": 1.0, "probability": 0.9, "switch_probability": 0.3}
+    theirs = Mixup(
+        mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.9, switch_prob=0.3, label_smoothing=0.0
+    )
+    theirs.num_classes = 2
+    np.random.seed(0)  # noqa: NPY002 - timm draws from it
+    draws = [
+        float(theirs(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]))[1][0, 0]) for _ in range(4000)
+    ]
+    many = jnp.broadcast_to(images, (4000, *images.shape)).reshape(-1, 16, 16, 3)
+    labels = jnp.broadcast_to(targets, (4000, *targets.shape)).reshape(-1, 2)
+    _, mixed = mix(many, labels, jax.random.key(0), group_size=2, **settings)
+    ours = np.asarray(mixed)[::2, 0]
+    # Equal to float32's rounding where nothing was mixed.
+    assert scipy.stats.ks_2samp(np.round(ours, 5), np.round(draws, 5)).pvalue > 0.01
+
+
+def test_groups_that_cannot_be_cut():
+    def check(batch_size, group_size, accumulate=1, **augment):
+        config = config_lib.base()
+        config.augment.update(mix_group_size=group_size, **augment)
+        config.data.batch_size = batch_size
+        config.optim.accumulate = accumulate
+        check_group_size(config)
+
+    for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}, {"mix_token": True}):
+        check(12, 4, **mixing)
+        check(12, 128, **mixing)
+        with pytest.raises(InputError, match="mix_group_size is 8, which does not divide the 12"):
+            check(12, 8, **mixing)
+        for size in (0, -1):
+            with pytest.raises(InputError, match=f"mix_group_size is {size}; expected at least"):
+                check(12, size, **mixing)
+    check(12, 8)
+    # MixUp mixes a batch, MixToken a micro-batch.
+    check(24, 8, accumulate=2, mixup=0.8)
+    with pytest.raises(InputError, match="does not divide the 12"):
+        check(24, 8, accumulate=2, mix_token=True)
+    with pytest.raises(InputError, match="does not divide the 36"):
+        check(36, 24, accumulate=3, mix_token=True, cutmix=1.0)
 
 
 def test_nothing_is_mixed_when_both_are_off():
@@ -112,7 +217,13 @@ def test_the_whole_transform_is_its_parts_in_order():
     np.testing.assert_array_equal(targets, jnp.eye(6))
 
     policy = BatchTransform(
-        (0.5,) * 3, (0.25,) * 3, rand_augment=RandAugment(), color_jitter=0.2, erase=0.5, mixup=0.8
+        (0.5,) * 3,
+        (0.25,) * 3,
+        rand_augment=RandAugment(),
+        color_jitter=0.2,
+        erase=0.5,
+        mixup=0.8,
+        mix_group_size=2,
     )
     key = jax.random.key(0)
     augment_key, erase_key, mix_key = jax.random.split(key, 3)
@@ -121,7 +232,7 @@ def test_the_whole_transform_is_its_parts_in_order():
     whole = (expected * 0.25 + 0.5) * 255
     np.testing.assert_allclose(whole, jnp.round(whole), atol=1e-3)
     expected = erase(expected, jax.random.split(erase_key, 6), 0.5)
-    expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0)
+    expected = mix(expected, jnp.eye(6), mix_key, mixup=0.8, cutmix=0.0, group_size=2)
     for ours, theirs in zip(policy(images, jnp.eye(6), key), (*expected, moves), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 

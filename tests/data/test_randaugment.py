@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from spvit_jax import config as config_lib
 from spvit_jax.data import randaugment
+from spvit_jax.data.mix import BatchTransform
 from spvit_jax.data.randaugment import RandAugment
 from spvit_jax.errors import InputError
-from tests.yardstick import auto_augment
+from tests.yardstick import auto_augment, create_transform
 
 COUNT = 10_000
 
@@ -53,6 +56,27 @@ def test_draws_are_distributed_as_timms():
     assert ours.max() == 10
     assert ours.mean() == pytest.approx(theirs.mean(), abs=4 * 0.5 / COUNT**0.5)
     assert ours.std() == pytest.approx(theirs.std(), abs=0.02)
+
+
+@pytest.mark.parametrize("interpolation", ["random", "bicubic", "bilinear"])
+def test_warps_interpolate_as_timms_do_beside_the_crop(interpolation):
+    notation = "rand-m9-mstd0.5-inc1"
+    (theirs,) = (
+        stage
+        for stage in create_transform(
+            224, is_training=True, auto_augment=notation, interpolation=interpolation
+        ).transforms
+        if isinstance(stage, auto_augment.RandAugment)
+    )
+    (resample,) = {operation.kwargs["resample"] for operation in theirs.ops}
+    config = config_lib.base()
+    config.augment.update(rand_augment=notation, interpolation=interpolation)
+    policy = BatchTransform.of(config).rand_augment
+    draws = jax.vmap(policy.draw)(jax.random.split(jax.random.key(0), 100))
+    bicubic = np.broadcast_to(draws.bicubic, 100).tolist()
+    names = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BILINEAR}
+    expected = set(resample) if isinstance(resample, tuple) else {resample}
+    assert {names[value] for value in bicubic} == expected
 
 
 def test_the_share_of_unchanged_images_is_timms():

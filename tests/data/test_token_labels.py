@@ -12,7 +12,7 @@ import torch
 
 from spvit_jax.data import datasets, pipeline, randaugment
 from spvit_jax.data.augment import TrainTransform
-from spvit_jax.data.mix import BatchTransform, check_group_size, mix_tokens, partners
+from spvit_jax.data.mix import BatchTransform, mix_tokens, partners
 from spvit_jax.data.randaugment import RandAugment
 from spvit_jax.data.token_labels.align import align, roi_align, scatter
 from spvit_jax.data.token_labels.store import LabelMaps, write
@@ -197,14 +197,6 @@ def test_mix_token_gives_each_group_a_box_and_pairs_it_reversed():
     # Mixing what was mixed gives back what there was: the boxes of a pair are the same.
     again = jnp.where(boxes[..., None], partners(mixed, 4), mixed)
     np.testing.assert_array_equal(again, numbers)
-
-
-def test_group_sizes_that_do_not_divide_the_batch():
-    check_group_size(12, 4)
-    check_group_size(12, 128)
-    check_group_size(12, 0)
-    with pytest.raises(InputError, match="mix_group_size is 8, which does not divide the 12"):
-        check_group_size(12, 8)
 
 
 def maps_of(count, missing=()):

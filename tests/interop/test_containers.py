@@ -74,7 +74,7 @@ def test_containers_are_opened_however_deep(keys):
 @pytest.mark.parametrize("key", ["ema", "model_ema", "state_dict_ema", "teacher"])
 def test_which_average_is_taken_is_known(key):
     content = {"model_state_dict": BARE, key: {"module": doubled()}}
-    plain, average = unwrap(content, "a.pth"), unwrap(content, "a.pth", ema=True)
+    plain, average = (unwrap(content, "a.pth", weights=one) for one in ("model", "auto"))
     same(plain.tensors, BARE)
     same(average.tensors, doubled())
     assert (plain.is_average, plain.has_average) == (False, True)

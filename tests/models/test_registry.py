@@ -152,13 +152,15 @@ def test_an_image_size_may_be_a_text(size):
 @pytest.mark.parametrize(
     ("name", "size", "crop"),
     [
+        *[("deit_b", 384, 0.875), ("mait_s", 224, 0.875)],
         *[("spvit_s", 224, 0.9), ("spvit_s", 384, 0.9), ("spvit_m", 224, 1.0)],
         *[("spvit_l", 384, 1.0), ("lvvit_t", 224, 0.9), ("lvvit_l", 448, 1.0)],
-        *[("cait_xxs24", 224, 1.0), ("swin_b", 224, 0.9), ("swin_b", 384, 1.0)],
+        *[("cait_xxs24", 224, 1.0), ("swin_b", 224, 0.875), ("swin_b", 384, 1.0)],
     ],
 )
 def test_evaluation_crops_are_the_authors(name, size, crop):
-    assert evaluation_protocol(name, (size, size)) == (crop, "bicubic")
+    mode = "squash" if (name, size) == ("swin_b", 384) else "center"
+    assert evaluation_protocol(name, (size, size)) == (crop, "bicubic", mode)
 
 
 @pytest.mark.parametrize("name", MILLIONS)

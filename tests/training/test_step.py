@@ -76,12 +76,15 @@ def assert_close(left, right, rtol=1e-3, atol=1e-5):
     ],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
-    """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch."""
+    """With drop path, MixUp, CutMix and BatchNorm, all of which look across the batch.
+
+    Two groups of images on eight devices.
+    """
     name, _, as_loops = name.partition(", ")
     deeper = {"depth": 4, "spatial_layers": 2} if as_loops else {}
     if accumulate > 1:  # once also with groups for BatchNorm that lie over several devices
         deeper["batch_norm_group"] = 4
-    transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0)
+    transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0, mix_group_size=8)
     if fsdp == 8:  # once also with dimensions that it does not divide, and with what is slow
         deeper["dim"] = 12
         transform = dataclasses.replace(transform, rand_augment=RandAugment(), erase=0.5)
@@ -105,9 +108,11 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
 
 
 def test_accumulation_is_the_whole_batch():
-    """Without BatchNorm, whose statistics are those of a micro-batch."""
+    """Without BatchNorm, whose statistics are those of a micro-batch; with groups of MixUp."""
     state = make_state("mait_t", drop_path=0.0)
-    assert_close(run(state), run(state, dataclasses.replace(RECIPE, accumulate=4)))
+    transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0, mix_group_size=8)
+    recipe = dataclasses.replace(RECIPE, transform=transform)
+    assert_close(run(state, recipe), run(state, dataclasses.replace(recipe, accumulate=4)))
 
 
 def test_average_covers_parameters_and_batchnorm_statistics():
