@@ -20,12 +20,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import cli, distributed
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform
-from spvit_jax.training import cluster, sharding
+from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step
 
@@ -52,12 +52,12 @@ def evaluate_checkpoint(
     data = config.data
     source = datasets.for_evaluation(data, split or data.eval_split)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    cluster.agree(
+    distributed.agree(
         config_lib.flatten({"config": config.to_dict()})
         | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    cluster.connect(mesh)
+    distributed.connect(mesh)
     found, model_config = weights_lib.find_fitting(path, model_config, which=which, weights=weights)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
     recipe = Recipe.of(config, num_classes=source.num_classes)
@@ -93,7 +93,7 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
-        with cluster.joined(address()):
+        with distributed.joined(address()):
             results = evaluate_checkpoint(
                 config(),
                 pathlib.Path(path.value),
@@ -102,7 +102,7 @@ def main() -> None:
                 split=split.value,
             )
             text = json.dumps(results, indent=2) + "\n"
-            if cluster.is_primary():
+            if distributed.is_primary():
                 if output.value:
                     pathlib.Path(output.value).write_text(text)
                 sys.stdout.write(text)

@@ -18,7 +18,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, weights
+from spvit_jax import cli, distributed, weights
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, mix, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
@@ -27,11 +27,10 @@ from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, cluster, report, sharding
-from spvit_jax.training import program as program_lib
+from spvit_jax.training import checkpoint, report, sharding
+from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
-from spvit_jax.training.interrupt import Interrupt
 from spvit_jax.training.report import log
 from spvit_jax.training.step import Recipe
 
@@ -65,12 +64,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         num_classes=train_source.num_classes,
         grid=None if label_maps is None else model_config.grid,
     )
-    cluster.agree(
+    distributed.agree(
         config_lib.flatten({"config": config.to_dict()})
         | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    cluster.connect(mesh)
+    distributed.connect(mesh)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
@@ -86,13 +85,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         teacher = _load_teacher(pathlib.Path(config.distill.teacher), model_config, mesh)
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
-    program = program_lib.build(config, model_config, recipe, mesh)
-    root, abstract, shardings = program.root, program.abstract, program.shardings
-    train_fn, eval_fn = program.train_step, program.eval_step
+    size = run_lib.DataSize(len(train_source), len(eval_source), train_source.num_classes)
+    run = run_lib.build(config, model_config, recipe, mesh, size)
+    root, abstract, shardings = run.root, run.abstract, run.shardings
+    train_fn, eval_fn = run.train_step, run.eval_step
 
     def fresh() -> tuple[state_lib.TrainState, str]:
         """Returns the state before the first step, and where its weights are from."""
-        state = program.create()
+        state = run.create()
         if init_from is None:
             return state, "scratch"
         variables = init_from.load(model_config, mesh, preset=config.mesh.sharding)
@@ -121,8 +121,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     )
 
     if not dry_run:
-        config_lib.claim_workdir(workdir, config, in_use=in_use, write=cluster.is_primary())
-        cluster.check_shared(workdir)
+        config_lib.claim_workdir(workdir, config, in_use=in_use, write=distributed.is_primary())
+        distributed.check_shared(workdir)
     report.start_logging(None if dry_run else workdir)
     report.summarize(
         config,
@@ -146,7 +146,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         return False
 
     with (
-        Interrupt() as interrupt,
+        distributed.Interrupt() as interrupt,
         checkpoint.Checkpoints(
             workdir,
             model_config,
@@ -175,7 +175,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
                 if step % config.log_every == 0 or step == total_steps:
                     state_lib.check_finite(state)
-                    reporter.train(step, state.metrics, float(program.learning_rate(step - 1)))
+                    reporter.train(step, state.metrics, float(run.learning_rate(step - 1)))
                     state = state.replace(
                         metrics=jax.jit(state_lib.zero_metrics, out_shardings=shardings.metrics)()
                     )
@@ -238,7 +238,7 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
-        with cluster.joined(address(), notices=True):
+        with distributed.joined(address(), notices=True):
             complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
         if not complete and not dry_run.value:
             sys.exit(cli.STOPPED_EARLY)

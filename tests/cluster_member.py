@@ -16,9 +16,9 @@ from absl import app
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spvit_jax import cli, train
+from spvit_jax import cli, distributed, train
 from spvit_jax.data.pipeline import Share
-from spvit_jax.training import cluster, sharding
+from spvit_jax.training import sharding
 
 
 def as_held(array, mesh):
@@ -39,7 +39,7 @@ def train_and_note_examples(output):
     try:
         train.main()
     finally:
-        if cluster.is_primary():
+        if distributed.is_primary():
             output.write_text(json.dumps(noted))
 
 
@@ -49,7 +49,7 @@ def check_rows(output):
 
     def run(argv):
         del argv
-        with cluster.joined(address()):
+        with distributed.joined(address()):
             devices, size = np.array(jax.devices()), 24
             orders = {
                 "as they come": devices.reshape(-1, 2),
@@ -62,8 +62,8 @@ def check_rows(output):
                 rows = Share(*sharding.local_parts(mesh))
                 read = np.asarray(rows.ordinals(np.int64(0), size), np.int32)
                 held[name] = as_held(sharding.put_batch({"index": read}, mesh)["index"], mesh)
-            texts = [cluster.gather(f"{jax.process_index()} {round}") for round in range(2)]
-            if cluster.is_primary():
+            texts = [distributed.gather(f"{jax.process_index()} {round}") for round in range(2)]
+            if distributed.is_primary():
                 output.write_text(json.dumps({"held": held, "texts": texts}))
 
     app.run(run)

@@ -26,10 +26,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spvit_jax import config as config_lib
+from spvit_jax import distributed
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import cluster
 from spvit_jax.training.state import Metrics, means
 
 log = logging.getLogger("spvit_jax")
@@ -55,10 +55,10 @@ def start_logging(workdir: pathlib.Path | None) -> None:
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     screen = _Screen()
     screen.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    if not cluster.is_primary():
+    if not distributed.is_primary():
         screen.setLevel(logging.WARNING)  # the rest all say alike
     handlers: list[logging.Handler] = [screen]
-    if workdir is not None and cluster.is_primary():
+    if workdir is not None and distributed.is_primary():
         handlers.append(logging.FileHandler(workdir / "train.log"))
     for handler in handlers:
         handler.setFormatter(form)
@@ -111,11 +111,11 @@ class Reporter:
         self._total_steps = total_steps
         self._start_step = start_step
         self._stack = contextlib.ExitStack()
-        if cluster.is_primary():
+        if distributed.is_primary():
             _forget_after(self._path, start_step)
 
     def __enter__(self) -> Self:
-        writes = cluster.is_primary()
+        writes = distributed.is_primary()
         path = self._path if writes else pathlib.Path(os.devnull)
         self._records = self._stack.enter_context(path.open("a"))
         self._writer: metric_writers.MetricWriter = metric_writers.MultiWriter(
@@ -176,7 +176,7 @@ class Reporter:
         self._writer.write_scalars(step, named)
         self._records.write(json.dumps({"step": step, **named}) + "\n")
         self._records.flush()
-        if cluster.is_primary():
+        if distributed.is_primary():
             os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
 
     def _reset_clock(self, step: int) -> None:

@@ -78,7 +78,7 @@ class Topology:
       name: such as `v5e:16x16`, or `2 slices of v5e:16x16`.
       chip: what each of them is.
       devices: descriptions of them, of which a mesh can be made.
-      hosts: how many machines they are in, by the compiler's account: four chips each.
+      hosts: how many machines they are in, as the compiler has it: four chips each.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Topology:
     hosts: int
 
 
-def topology(name: str, num_slices: int = 1) -> Topology:
+def get_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns what a topology's name stands for.
 
     Args:

@@ -5,12 +5,11 @@ import json
 import pytest
 
 from spvit_jax.errors import InputError
-from spvit_jax.preflight import preflight, sweep
-from spvit_jax.tpu import remedies
-from spvit_jax.tpu.chips import GIB
+from spvit_jax.preflight import preflight, search, sweep
+from spvit_jax.preflight.topology import GIB
 from tests.commands import run
+from tests.preflight.compiler import compiles_for_tpus
 from tests.test_config import digits
-from tests.tpu.compiler import compiles_for_tpus
 
 pytestmark = compiles_for_tpus
 
@@ -32,15 +31,15 @@ def trials():
 @pytest.fixture
 def _compile_once(trials, monkeypatch):
     """Lets tests that differ in what is beside the program share it."""
-    attempt = remedies.attempt
+    compile_trial = search.compile_trial
 
-    def remembered(config, topology, data, changes, **kwargs):
-        key = str(config), topology.name, str(changes)
+    def remembered(replan, topology, changes):
+        key = str(replan({}).config), topology.name, str(changes)
         if key not in trials:
-            trials[key] = attempt(config, topology, data, changes, **kwargs)
+            trials[key] = compile_trial(replan, topology, changes)
         return trials[key]
 
-    monkeypatch.setattr(remedies, "attempt", remembered)
+    monkeypatch.setattr(search, "compile_trial", remembered)
 
 
 @pytest.mark.usefixtures("_compile_once")

@@ -8,9 +8,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from spvit_jax.errors import InputError
-from spvit_jax.tpu import chips, environment
+from spvit_jax.preflight import libtpu
+from spvit_jax.preflight.topology import CHIPS, get_topology
 from tests.conftest import REPOSITORY
-from tests.tpu.compiler import needs_libtpu
+from tests.preflight.compiler import needs_libtpu
 
 
 @needs_libtpu
@@ -27,8 +28,8 @@ from tests.tpu.compiler import needs_libtpu
     ],
 )
 def test_topologies(name, count, hosts):
-    environment.prepare()
-    topology = chips.topology(name)
+    libtpu.prepare()
+    topology = get_topology(name)
     assert (len(topology.devices), topology.hosts) == (count, hosts)
     assert topology.chip.name == name.partition(":")[0]
 
@@ -44,13 +45,13 @@ def test_the_compiler_is_the_one_that_jax_is_made_for():
 
 @needs_libtpu
 def test_several_slices():
-    environment.prepare()
-    topology = chips.topology("v5e:2x2", num_slices=3)
+    libtpu.prepare()
+    topology = get_topology("v5e:2x2", num_slices=3)
     assert topology.name == "3 slices of v5e:2x2"
     assert [device.slice_index for device in topology.devices] == [0] * 4 + [1] * 4 + [2] * 4
     assert topology.hosts == 3
     with pytest.raises(InputError, match=r"no bandwidth between slices of v4; .*: v5e, v5p, v6e"):
-        chips.topology("v4:2x2x2", num_slices=2)
+        get_topology("v4:2x2x2", num_slices=2)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +72,11 @@ def test_several_slices():
 )
 def test_unknown_topologies(name, words):
     with pytest.raises(InputError, match=words):
-        chips.topology(name)
+        get_topology(name)
 
 
 def test_facts_are_consistent():
-    for chip in chips.CHIPS.values():
+    for chip in CHIPS.values():
         assert 0.9 * chip.hbm < chip.usable_hbm < 1.02 * chip.hbm
         # All of these chips do between 150 and 600 operations for a byte of memory, and links are
         # several times slower than memory.
@@ -89,4 +90,4 @@ def test_missing_libtpu_is_one_clear_error(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
     )
     with pytest.raises(InputError, match=r"pip install -r requirements-tpu\.txt"):
-        environment.prepare()
+        libtpu.prepare()

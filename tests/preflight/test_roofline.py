@@ -3,9 +3,15 @@
 import pytest
 
 from spvit_jax.models.complexity import count_macs, count_parameters
-from spvit_jax.tpu.account import Account, bound, compile_eval_step, compile_train_step
-from spvit_jax.tpu.compiled import ACTIVATIONS, TEMPORARIES
-from tests.tpu.compiler import WIDE, compiles_for_tpus, planned
+from spvit_jax.preflight.compile import ACTIVATIONS, TEMPORARIES
+from spvit_jax.preflight.roofline import (
+    CompiledRun,
+    compile_eval_step,
+    compile_train_step,
+    roofline,
+)
+from spvit_jax.preflight.topology import get_topology
+from tests.preflight.compiler import WIDE, compiles_for_tpus, planned
 
 pytestmark = compiles_for_tpus
 
@@ -27,9 +33,9 @@ def steps():
 
 
 @pytest.fixture(scope="module")
-def account(steps):
+def compiled(steps):
     run = planned("v5e:2x2", WIDE)
-    return Account(run, steps["replicated"], compile_eval_step(run))
+    return CompiledRun(run, get_topology("v5e:2x2"), steps["replicated"], compile_eval_step(run))
 
 
 def by_axis(step):
@@ -37,8 +43,8 @@ def by_axis(step):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_memory_by_kind_adds_up_to_the_compilers_own_figures(steps, account, name):
-    for step in (steps[name], account.evaluation):
+def test_memory_by_kind_adds_up_to_the_compilers_own_figures(steps, compiled, name):
+    for step in (steps[name], compiled.evaluation):
         sizes = step.compiler
         beside = ("outputs", ACTIVATIONS, TEMPORARIES, "code")
         arguments = sum(size for kind, size in step.memory.items() if kind not in beside)
@@ -74,22 +80,22 @@ def test_fsdp_divides_parameters_and_optimizer_by_the_axis(steps):
     assert arguments[0] / arguments[1] == pytest.approx(4, rel=0.02)
 
 
-def test_memory_of_parameters_is_theirs(account):
-    nbytes = 4 * count_parameters(account.run.model)
-    assert account.train.memory["parameters"] == pytest.approx(nbytes, rel=0.05)
-    assert account.train.memory["optimizer"] == pytest.approx(2 * nbytes, rel=0.05)
+def test_memory_of_parameters_is_theirs(compiled):
+    nbytes = 4 * count_parameters(compiled.run.model)
+    assert compiled.train.memory["parameters"] == pytest.approx(nbytes, rel=0.05)
+    assert compiled.train.memory["optimizer"] == pytest.approx(2 * nbytes, rel=0.05)
 
 
-def test_operations_are_the_models_and_the_compilers(account):
-    images = account.run.config.data.batch_size / CHIPS
+def test_operations_are_the_models_and_the_compilers(compiled):
+    images = compiled.run.config.data.batch_size / CHIPS
     # Forward once, and backward to inputs and to weights; not to the images, though.
-    assert account.train.flops == pytest.approx(
-        6 * count_macs(account.run.model) * images, rel=0.05
+    assert compiled.train.flops == pytest.approx(
+        6 * count_macs(compiled.run.model) * images, rel=0.05
     )
-    assert account.train.flops == pytest.approx(account.train.compiler["flops"], rel=0.05)
-    evaluated = account.run.eval_batch_size / CHIPS
-    assert account.evaluation.flops == pytest.approx(
-        2 * count_macs(account.run.model) * evaluated, rel=0.05
+    assert compiled.train.flops == pytest.approx(compiled.train.compiler["flops"], rel=0.05)
+    evaluated = compiled.run.eval_batch_size / CHIPS
+    assert compiled.evaluation.flops == pytest.approx(
+        2 * count_macs(compiled.run.model) * evaluated, rel=0.05
     )
 
 
@@ -100,16 +106,16 @@ def test_loops_count_as_often_as_they_run(steps):
     assert looped.unknown_loops == 0
 
 
-def test_replicated_parameters_cost_one_all_reduce_of_their_gradients(steps, account):
+def test_replicated_parameters_cost_one_all_reduce_of_their_gradients(steps, compiled):
     sent = by_axis(steps["replicated"])
-    nbytes = 4 * count_parameters(account.run.model)
+    nbytes = 4 * count_parameters(compiled.run.model)
     assert {axis for _, axis in sent} == {"data"}
     assert sent["all-reduce", "data"] == pytest.approx(2 * 3 / 4 * nbytes, rel=0.02)
 
 
-def test_split_parameters_are_gathered_and_their_gradients_scattered(steps, account):
+def test_split_parameters_are_gathered_and_their_gradients_scattered(steps, compiled):
     sent = by_axis(steps["fsdp"])
-    nbytes = 4 * count_parameters(account.run.model)
+    nbytes = 4 * count_parameters(compiled.run.model)
     assert {axis for _, axis in sent} == {"fsdp"}
     gathered = sent["all-gather", "fsdp"]
     assert 3 / 4 * nbytes / 2 <= 1.05 * gathered  # at least once, in bfloat16
@@ -133,29 +139,31 @@ def test_between_slices_go_the_gradients_and_little_else():
     assert by_axis(step)["all-reduce", "slices"] == step.sent_to_slices
     assert step.sent > 2 * step.sent_to_slices
     chip = run.topology.chip
-    assert bound(step, chip).network == step.sent_to_slices / chip.dcn_bandwidth > 0
+    assert roofline(step, chip).network == step.sent_to_slices / chip.dcn_bandwidth > 0
 
 
-def test_the_bound_is_that_of_the_slowest(account):
-    chip, limits = account.chip, account.bound
-    assert limits.compute == account.train.flops / chip.flops
-    assert limits.memory == account.train.hbm_bytes / chip.hbm_bandwidth
-    assert limits.interconnect == account.train.sent / chip.ici_bandwidth
+def test_the_bound_is_that_of_the_slowest(compiled):
+    chip, limits = compiled.chip, compiled.roofline
+    assert limits.compute == compiled.train.flops / chip.flops
+    assert limits.memory == compiled.train.hbm_bytes / chip.hbm_bandwidth
+    assert limits.interconnect == compiled.train.sent / chip.ici_bandwidth
     assert limits.network == 0
     assert limits.seconds == max(limits)
-    assert account.images_per_second == account.run.config.data.batch_size / limits.seconds
-    flops = 6 * count_macs(account.run.model) * account.images_per_second
-    assert account.mfu == pytest.approx(flops / (CHIPS * 197e12))
-    assert 0 < account.mfu < 1
+    assert compiled.images_per_second == compiled.run.config.data.batch_size / limits.seconds
+    flops = 6 * count_macs(compiled.run.model) * compiled.images_per_second
+    assert compiled.mfu == pytest.approx(flops / (CHIPS * 197e12))
+    assert 0 < compiled.mfu < 1
 
 
-def test_hours_are_those_of_all_steps_and_evaluations(account):
-    assert (account.run.steps, account.run.eval_steps) == (1600, 10 * 2)
-    assert account.hours * 3600 > 1600 * account.bound.seconds
+def test_hours_are_those_of_all_steps_and_evaluations(compiled):
+    assert (compiled.run.steps, compiled.run.eval_steps) == (1600, 10 * 2)
+    assert compiled.hours * 3600 > 1600 * compiled.roofline.seconds
 
 
-def test_evaluation_counts_the_state_that_waits(account):
-    memory = account.train.memory
+def test_evaluation_counts_the_state_that_waits(compiled):
+    memory = compiled.train.memory
     waiting = memory["parameters"] + memory["optimizer"]
-    assert account.resident == pytest.approx(waiting, rel=0.01)
-    assert account.needed == max(account.train.total, account.evaluation.total + account.resident)
+    assert compiled.resident == pytest.approx(waiting, rel=0.01)
+    assert compiled.needed == max(
+        compiled.train.total, compiled.evaluation.total + compiled.resident
+    )

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.tpu import hlo
-from spvit_jax.tpu.activations import kept_bytes
-from tests.tpu.compiler import compiles_for_tpus, one_chip
+from spvit_jax.preflight import hlo
+from spvit_jax.preflight.activations import kept_bytes
+from tests.preflight.compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
 

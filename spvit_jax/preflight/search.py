@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.tpu.account import Account, DataFacts, Run, plan, take
-from spvit_jax.tpu.chips import GIB, Topology
-from spvit_jax.tpu.compiled import EVAL_STEP, TRAIN_STEP, DoesNotFitError
+from spvit_jax.preflight.compile import EVAL_STEP, TRAIN_STEP, DoesNotFitError
+from spvit_jax.preflight.roofline import CompiledRun, compile_run
+from spvit_jax.preflight.topology import GIB, Chip, Topology
 from spvit_jax.training import sharding
+from spvit_jax.training.run import TrainingRun
 
 Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
+Replan = Callable[[Changes], TrainingRun]
 _TRIES = 9  # compilations at most
 # Share of the temporaries that is left when blocks are recomputed; a guess, for the order alone.
 _LEFT_BY_REMAT = 0.4
@@ -29,14 +30,14 @@ class Trial:
 
     Attributes:
       changes: what is different.
-      account: of it; None where it does not fit.
+      compiled: its steps; None where it does not fit.
       needed: bytes of HBM per chip; None where no program can be made of it.
       reason: why it cannot be run.
       too_large: the step that does not fit, if that is why.
     """
 
     changes: Changes
-    account: Account | None
+    compiled: CompiledRun | None
     needed: float | None
     reason: str = ""
     too_large: str | None = None
@@ -47,23 +48,24 @@ class Trial:
         return self.needed is not None and self.too_large is None
 
 
-def attempt(
-    config: ConfigDict, topology: Topology, data: DataFacts, changes: Changes, **kwargs: Any
-) -> Trial:
-    """Compiles a configuration with changes, which may fail."""
+def compile_trial(replan: Replan, topology: Topology, changes: Changes) -> Trial:
+    """Compiles what a run becomes with changes, which may fail."""
     try:
-        account = take(plan(config, topology, data, changes=changes, **kwargs))
+        compiled = compile_run(replan(changes), topology)
     except DoesNotFitError as error:
         return Trial(changes, None, error.needed, str(error), error.step)
     except InputError as error:
         return Trial(changes, None, None, str(error))
-    reason = "" if account.fits else f"the {account.too_large} needs {account.needed / GIB:.2f} GiB"
-    return Trial(changes, account, account.needed, reason, account.too_large)
+    reason = (
+        "" if compiled.fits else f"the {compiled.too_large} needs {compiled.needed / GIB:.2f} GiB"
+    )
+    return Trial(changes, compiled, compiled.needed, reason, compiled.too_large)
 
 
-def find(
-    run: Run,
-    config: ConfigDict,
+def search(
+    run: TrainingRun,
+    topology: Topology,
+    replan: Replan,
     failed: Trial,
     *,
     ways: int,
@@ -75,7 +77,8 @@ def find(
 
     Args:
       run: that does not fit.
-      config: of it, not resolved.
+      topology: which it does not fit.
+      replan: from changes of its configuration to the run that they make of it.
       failed: the trial of it as it is.
       ways: how many to look for.
       report: is told of each trial.
@@ -85,34 +88,34 @@ def find(
     """
     options: Iterator[Changes] = iter(())
     if failed.needed is not None and failed.too_large == TRAIN_STEP:
-        options = candidates(run, failed.needed)
+        options = candidates(run, topology.chip, failed.needed)
     found: list[Trial] = []
     trial, changes, evaluation = failed, Changes(), Changes()
     for _ in range(_TRIES):
-        smaller = _smaller_evaluation(run, trial)
+        smaller = _smaller_evaluation(run, topology.chip, trial)
         if smaller is not None:
             evaluation = {"data.eval_batch_size": smaller}
         elif (option := next(options, None)) is not None:
             changes = option
         else:
             break
-        trial = attempt(config, run.topology, run.data, changes | evaluation, teacher=run.teacher)
+        trial = compile_trial(replan, topology, changes | evaluation)
         report(trial)
         if trial.fits:
             found.append(trial)
         if len(found) == ways:
             break
-    return sorted(found, key=lambda trial: trial.account.bound.seconds if trial.account else 0)
+    return sorted(found, key=lambda trial: trial.compiled.roofline.seconds if trial.compiled else 0)
 
 
-def candidates(run: Run, needed: float) -> Iterator[Changes]:
+def candidates(run: TrainingRun, chip: Chip, needed: float) -> Iterator[Changes]:
     """Yields changes that may make a run fit, those that cost little first.
 
     Recomputing blocks costs a third more operations; splitting parameters costs communication;
     micro-batches cost nothing but small matrices, and where parameters are split communicate for
     each. Several at once come last. What cannot be enough by far is left out.
     """
-    usable = run.topology.chip.usable_hbm
+    usable = chip.usable_hbm
     chips, parts = run.mesh.size, run.config.optim.accumulate
     fsdp, is_split = run.config.mesh.fsdp, run.config.mesh.sharding == "fsdp"
     state = _state_bytes(run)
@@ -152,7 +155,7 @@ def candidates(run: Run, needed: float) -> Iterator[Changes]:
                 yield same[rank]
 
 
-def _smaller_evaluation(run: Run, trial: Trial) -> int | None:
+def _smaller_evaluation(run: TrainingRun, chip: Chip, trial: Trial) -> int | None:
     """Returns the largest batch of evaluation that may fit, if that of a trial does not."""
     if trial.too_large != EVAL_STEP or trial.needed is None:
         return None
@@ -161,16 +164,16 @@ def _smaller_evaluation(run: Run, trial: Trial) -> int | None:
     tried = size = trial.changes.get("data.eval_batch_size", run.eval_batch_size)
     while size > run.mesh.size:
         size = sharding.round_up(size // 2, run.mesh)
-        if state + (trial.needed - state) * size / tried <= run.topology.chip.usable_hbm:
+        if state + (trial.needed - state) * size / tried <= chip.usable_hbm:
             return size
     return None
 
 
-def _state_bytes(run: Run) -> int:
+def _state_bytes(run: TrainingRun) -> int:
     """Returns what a chip has of a run's state."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in named_leaves(run.program.abstract).values()
+        for leaf in named_leaves(run.abstract).values()
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spvit_jax.tpu.hlo import Instruction, Program
+from spvit_jax.preflight.hlo import HloModule, Instruction
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "slices"
@@ -35,7 +35,7 @@ class Collective:
 
 
 def collectives(
-    program: Program, mesh_shape: dict[str, int], num_slices: int = 1
+    program: HloModule, mesh_shape: dict[str, int], num_slices: int = 1
 ) -> list[Collective]:
     """Returns what a program sends, the largest first.
 
@@ -63,7 +63,7 @@ def collectives(
     return sorted(found, key=lambda one: -one.sent)
 
 
-def _found(program: Program) -> Iterator[tuple[str, Instruction, int]]:
+def _found(program: HloModule) -> Iterator[tuple[str, Instruction, int]]:
     """Yields each collective once, as its kind, the instruction, and how often it runs.
 
     One that is asynchronous may be spread over several fusions with other work; its pieces have

@@ -5,8 +5,10 @@ import importlib.util
 import jax
 import pytest
 
-from spvit_jax.tpu import chips, environment
-from spvit_jax.tpu.account import DataFacts, plan
+from spvit_jax import plan
+from spvit_jax.preflight import libtpu
+from spvit_jax.preflight.topology import get_topology
+from spvit_jax.training.run import DataSize
 from tests.test_config import digits
 
 needs_libtpu = pytest.mark.skipif(
@@ -15,17 +17,18 @@ needs_libtpu = pytest.mark.skipif(
 )
 compiles_for_tpus = [needs_libtpu, pytest.mark.usefixtures("optimized")]
 
-DIGITS = DataFacts(num_train=1297, num_eval=500, num_classes=10)
+DIGITS = DataSize(num_train=1297, num_eval=500, num_classes=10)
 # Wide enough that tiles of TPUs are full and products count, and so many images that their
 # activations do not fit in a chip's fast memory; compiled in seconds.
 WIDE = {"model.dim": 512, "model.num_heads": 4, "model.depth": 1, "data.batch_size": 8192}
 
 
 def one_chip(topology):
-    environment.prepare()
-    return jax.sharding.SingleDeviceSharding(chips.topology(topology).devices[0])
+    libtpu.prepare()
+    return jax.sharding.SingleDeviceSharding(get_topology(topology).devices[0])
 
 
 def planned(topology, changes, num_slices=1):
-    environment.prepare()
-    return plan(digits("vit"), chips.topology(topology, num_slices), DIGITS, changes=changes)
+    libtpu.prepare()
+    devices = get_topology(topology, num_slices).devices
+    return plan.training_run(digits("vit"), DIGITS, changes, devices=devices)

@@ -13,11 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.tpu import hlo
-from spvit_jax.tpu.activations import kept_bytes
-from spvit_jax.tpu.chips import GIB
-from spvit_jax.tpu.collectives import BETWEEN_SLICES, Collective, collectives
-from spvit_jax.tpu.work import work
+from spvit_jax.preflight import hlo
+from spvit_jax.preflight.activations import kept_bytes
+from spvit_jax.preflight.collectives import BETWEEN_SLICES, Collective, collectives
+from spvit_jax.preflight.cost import count_cost
+from spvit_jax.preflight.topology import GIB
 from spvit_jax.training import sharding
 
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
@@ -38,7 +38,7 @@ class DoesNotFitError(Exception):
     """The compiler found a program too large for a chip.
 
     Attributes:
-      needed: bytes, by the compiler's account.
+      needed: bytes, as the compiler says.
       step: which of the steps it is.
     """
 
@@ -48,7 +48,7 @@ class DoesNotFitError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """One step of a program, as one chip runs it.
 
     Attributes:
@@ -86,15 +86,15 @@ class Compiled:
         return sum(one.sent for one in self.collectives if one.axis == BETWEEN_SLICES)
 
 
-def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> Compiled:
-    """Compiles a jitted step and takes its account.
+def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> CompiledStep:
+    """Compiles a jitted step and reads its cost off the compiled program.
 
     Args:
       name: `TRAIN_STEP` or `EVAL_STEP`.
-      step: jitted; of `training.program`.
-      arguments: in order, under the names that `Compiled.memory` is sorted by; shapes with
+      step: jitted; of `training.run`.
+      arguments: in order, under the names that `CompiledStep.memory` is sorted by; shapes with
         shardings.
-      mesh: of a `chips.Topology`.
+      mesh: of a `topology.Topology`.
 
     Raises:
       DoesNotFitError: the compiler ran out of the chip's memory.
@@ -109,11 +109,11 @@ def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh)
         raise DoesNotFitError(needed, name) from error
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
-    done = work(program)
+    done = count_cost(program)
     num_slices = sharding.num_slices(mesh)
     in_a_slice = {**mesh.shape, "data": mesh.shape["data"] // num_slices}
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
-    return Compiled(
+    return CompiledStep(
         memory=_memory(compiled.input_formats[0], arguments, sizes, kept_bytes(program)),
         flops=2.0 * done.macs,
         hbm_bytes=float(done.hbm_bytes),

@@ -74,7 +74,7 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloModule:
     """The computations of a program, and which of them is run first.
 
     Attributes:
@@ -150,7 +150,7 @@ class Executed(NamedTuple):
     times: int
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloModule:
     """Reads `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
@@ -168,7 +168,7 @@ def parse(text: str) -> Program:
                 current.append(_instruction(name, line[name.end() :]))
     if not entry:
         raise ValueError("not the text of a program: it has no ENTRY")
-    return Program(computations, entry)
+    return HloModule(computations, entry)
 
 
 def _instruction(name: re.Match[str], rest: str) -> Instruction:

@@ -22,8 +22,8 @@ from spvit_jax.data import datasets, sources
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.models import ModelConfig
-from spvit_jax.tpu.account import DataFacts, Run
 from spvit_jax.training import checkpoint
+from spvit_jax.training.run import DataSize, TrainingRun
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class _ImageNet:
         return np.arange(self._size) % self.num_classes
 
 
-def check_data(config: ConfigDict) -> tuple[DataFacts, list[Check]]:
+def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
     """Counts the data that a configuration names.
 
     Raises:
@@ -103,7 +103,7 @@ def check_data(config: ConfigDict) -> tuple[DataFacts, list[Check]]:
         )
         label_map = label_map or _PUBLISHED_LABEL_MAP
         checks.append(check)
-    return DataFacts(num_train, num_eval, whole.num_classes, label_map), checks
+    return DataSize(num_train, num_eval, whole.num_classes, label_map), checks
 
 
 def check_teacher(config: ConfigDict) -> ModelConfig | None:
@@ -119,7 +119,7 @@ def check_teacher(config: ConfigDict) -> ModelConfig | None:
     return dataclasses.replace(found.config, image_size=student.image_shape)
 
 
-def check_launch(run: Run, workdir: pathlib.Path | None) -> list[Check]:
+def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
     """Looks at the workdir and at the weights that a run starts from."""
     checks = []
     if workdir is not None:
@@ -145,13 +145,13 @@ def _label_maps(
     return maps.shape, f"{config.token_labels.path}, {len(maps):,} maps"
 
 
-def _init_from(run: Run) -> tuple[None, str]:
+def _init_from(run: TrainingRun) -> tuple[None, str]:
     found = weights.find(pathlib.Path(run.config.init_from), run.model)
     found.check(run.model, new_head=run.config.init_new_head)
     return None, f"{found.where} fits {run.config.model.name}"
 
 
-def _workdir(run: Run, workdir: pathlib.Path) -> tuple[None, str]:
+def _workdir(run: TrainingRun, workdir: pathlib.Path) -> tuple[None, str]:
     """Checks that a workdir can be written to, is not another run's, and has room."""
     in_use = checkpoint.newest(workdir) is not None
     config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
@@ -164,9 +164,7 @@ def _workdir(run: Run, workdir: pathlib.Path) -> tuple[None, str]:
     except OSError as error:
         raise InputError(f"{workdir} cannot be written to: {error}") from error
     kept = run.config.checkpoint.keep_last + run.config.checkpoint.keep_best + 1
-    needed = kept * sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.program.abstract)
-    )
+    needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract))
     free = shutil.disk_usage(parent).free
     words = f"{kept} checkpoints take {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free"
     if needed > free:

@@ -1,4 +1,4 @@
-"""The program that is compiled without a machine is the one that is run."""
+"""The run that is compiled without a machine is the one that is run."""
 
 import jax
 import numpy as np
@@ -7,8 +7,9 @@ import pytest
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.augment import EvalTransform, TrainTransform
-from spvit_jax.training import program as program_lib
+from spvit_jax.training import run as run_lib
 from spvit_jax.training import sharding
+from spvit_jax.training.run import DataSize
 from spvit_jax.training.step import Recipe
 from tests.test_config import digits
 
@@ -21,11 +22,12 @@ def parts():
     config = config_lib.resolve(config, num_examples=1297)
     model = config_lib.model_settings(config, num_classes=10)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    return config, model, mesh, program_lib.build(config, model, Recipe.of(config, 10), mesh)
+    size = DataSize(1297, 500, 10)
+    return config, model, mesh, run_lib.build(config, model, Recipe.of(config, 10), mesh, size)
 
 
 def abstract(model, mesh, size, *, train):
-    return program_lib.abstract_batch(size, model.image_shape, mesh, train=train)
+    return run_lib.abstract_batch(size, model.image_shape, mesh, train=train)
 
 
 def test_abstract_batches_are_those_of_the_pipeline(parts, data_dir):
@@ -49,12 +51,12 @@ def test_abstract_batches_are_those_of_the_pipeline(parts, data_dir):
 
 
 def test_lowered_from_shapes_as_from_arrays(parts):
-    config, model, mesh, program = parts
+    config, model, mesh, run = parts
     batch = abstract(model, mesh, config.data.batch_size, train=True)
-    key = jax.eval_shape(lambda: program.root)
-    without = program.train_step.lower(program.abstract, batch, key).as_text()
+    key = jax.eval_shape(lambda: run.root)
+    without = run.train_step.lower(run.abstract, batch, key).as_text()
     state, arrays = jax.tree.map(
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
-        (program.abstract, batch),
+        (run.abstract, batch),
     )
-    assert program.train_step.lower(state, arrays, program.root, None).as_text() == without
+    assert run.train_step.lower(state, arrays, run.root, None).as_text() == without

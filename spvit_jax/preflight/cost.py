@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spvit_jax.tpu.hlo import Array, Instruction, Program
+from spvit_jax.preflight.hlo import Array, HloModule, Instruction
 
 _FREE = frozenset(
     {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
@@ -17,7 +17,7 @@ _PARTS = frozenset({"dynamic-slice", "slice", "gather", "slice-start"})  # read 
 _WINDOW = frozenset({"stride", "pad", "lhs_dilate", "rhs_dilate"})
 
 
-class Work(NamedTuple):
+class Cost(NamedTuple):
     """What a chip does in one step, loops included.
 
     Attributes:
@@ -31,7 +31,7 @@ class Work(NamedTuple):
     hbm_bytes: int
 
 
-def work(program: Program, *, repeat: bool = True) -> Work:
+def count_cost(program: HloModule, *, repeat: bool = True) -> Cost:
     """Counts what a program does; without `repeat` a loop counts once, as in XLA's analysis."""
     macs, everywhere, in_hbm = 0, 0, 0
     for one, times in program.executed():
@@ -40,7 +40,7 @@ def work(program: Program, *, repeat: bool = True) -> Work:
         moved = _read(program, one) + _written(program, one)
         everywhere += times * sum(move.nbytes for move in moved)
         in_hbm += times * sum(move.nbytes for move in moved if move.in_hbm)
-    return Work(macs, everywhere, in_hbm)
+    return Cost(macs, everywhere, in_hbm)
 
 
 class _Move(NamedTuple):
@@ -50,7 +50,7 @@ class _Move(NamedTuple):
     in_hbm: bool
 
 
-def _read(program: Program, one: Instruction) -> list[_Move]:
+def _read(program: HloModule, one: Instruction) -> list[_Move]:
     """Returns what an instruction reads of each array of its operands."""
     if _moves_nothing(one):
         return []
@@ -64,7 +64,7 @@ def _read(program: Program, one: Instruction) -> list[_Move]:
     return moves
 
 
-def _written(program: Program, one: Instruction) -> list[_Move]:
+def _written(program: HloModule, one: Instruction) -> list[_Move]:
     """Returns what an instruction writes of each array of its result."""
     if _moves_nothing(one):
         return []
@@ -84,7 +84,7 @@ def _moves_nothing(one: Instruction) -> bool:
     )
 
 
-def _part_read(program: Program, one: Instruction, place: int) -> int | None:
+def _part_read(program: HloModule, one: Instruction, place: int) -> int | None:
     """Returns how many bytes are read of an operand that is one array; None: all.
 
     Loops keep the arrays of all rounds in one. A round takes its own out of it, or puts it in,
@@ -103,7 +103,7 @@ def _part_read(program: Program, one: Instruction, place: int) -> int | None:
     return _part_used(program, body, inner.name)
 
 
-def _part_used(program: Program, body: list[Instruction], name: str) -> int | None:
+def _part_used(program: HloModule, body: list[Instruction], name: str) -> int | None:
     """Returns how many bytes a computation uses of one of its arrays; None: all."""
     total = 0
     for user in body:
@@ -120,7 +120,7 @@ def _part_used(program: Program, body: list[Instruction], name: str) -> int | No
     return total
 
 
-def _sizes_written(program: Program, one: Instruction) -> list[int]:
+def _sizes_written(program: HloModule, one: Instruction) -> list[int]:
     """Returns the bytes written of each array of a result; an update in place is as its update."""
     if one.opcode == "dynamic-update-slice":
         return [program.instructions[one.operands[1]].arrays[0].nbytes]
@@ -142,7 +142,7 @@ def _returned(one: Instruction) -> Array:
     return one.arrays[1] if one.opcode == "slice-start" else one.arrays[0]
 
 
-def _products(program: Program, one: Instruction) -> int:
+def _products(program: HloModule, one: Instruction) -> int:
     """Returns the multiply-adds of a product; on TPUs all of them are convolutions.
 
     The batch of a batched product is a spatial axis there, with a window as large as itself in

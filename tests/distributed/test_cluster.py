@@ -14,8 +14,8 @@ import time
 import numpy as np
 import pytest
 
+from spvit_jax import distributed
 from spvit_jax.errors import InputError
-from spvit_jax.training import cluster
 from tests.commands import (
     CONFIG,
     SMALL,
@@ -371,15 +371,15 @@ def test_port_that_is_taken(environment, tmp_path):
 def test_place_that_cannot_be(given, words):
     given = (given, 2, 0) if isinstance(given, str) else given
     with pytest.raises(InputError, match=re.escape(words)):
-        cluster.Address(*given)
+        distributed.Address(*given)
 
 
 def test_pods_are_known_by_their_environment():
-    assert not cluster.is_pod({})
-    assert not cluster.is_pod({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": ""})
-    assert cluster.is_pod({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert cluster.is_pod({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"})
-    assert cluster.is_pod({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"})
+    assert not distributed.is_pod({})
+    assert not distributed.is_pod({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": ""})
+    assert distributed.is_pod({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert distributed.is_pod({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"})
+    assert distributed.is_pod({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"})
 
 
 def test_code_version(tmp_path):
@@ -388,12 +388,12 @@ def test_code_version(tmp_path):
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"], ["tag", "v1"]):
         subprocess.run([*git, *words], check=True)
     short = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    assert cluster.code_version(tmp_path) == short.stdout.strip()
+    assert distributed.code_version(tmp_path) == short.stdout.strip()
     (tmp_path / "file").write_text("2")
-    assert cluster.code_version(tmp_path) == short.stdout.strip() + "-dirty"
+    assert distributed.code_version(tmp_path) == short.stdout.strip() + "-dirty"
     shutil.rmtree(tmp_path / ".git")
     (tmp_path / "VERSION").write_text("abc1234-dirty\n")
-    assert cluster.code_version(tmp_path) == "abc1234-dirty"
+    assert distributed.code_version(tmp_path) == "abc1234-dirty"
 
 
 def test_local_pod_needs_a_number_and_a_command():

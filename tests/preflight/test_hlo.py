@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from spvit_jax.tpu import hlo
-from spvit_jax.tpu.collectives import collectives
-from spvit_jax.tpu.work import _places, work
+from spvit_jax.preflight import hlo
+from spvit_jax.preflight.collectives import collectives
+from spvit_jax.preflight.cost import _places, count_cost
 
 # Four chips. A loop of five rounds gathers and multiplies; before it come a reduction over pairs
 # and, in a fusion spread over two, a gathering of which both pieces are the same.
@@ -76,7 +76,7 @@ def test_loops_run_as_often_as_they_do(program):
     assert "product" not in times  # inside of a fusion
     assert program.loops_of_unknown_length() == 0
     macs = 64 * 16 * 32
-    assert (work(program).macs, work(program, repeat=False).macs) == (5 * macs, macs)
+    assert (count_cost(program).macs, count_cost(program, repeat=False).macs) == (5 * macs, macs)
 
 
 def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
@@ -84,7 +84,7 @@ def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
     (gathered,) = executed["right"].arrays
     assert (gathered.nbytes, gathered.in_hbm) == (2 * 32 * 16, False)
     assert executed["fused"].arrays[0].in_hbm
-    done = work(program)
+    done = count_cost(program)
     assert done.hbm_bytes < done.bytes
 
 
@@ -187,7 +187,7 @@ def test_a_part_of_an_array_is_read_and_written_as_a_part():
     """As in a loop, whose rounds keep what they compute in one array."""
     part, index = 8 * 4 * 4, 4
     put = part + index + part + part  # reads the value and where; writes it into both results
-    assert work(hlo.parse(IN_PLACE)).hbm_bytes == put + (part + index) + part
+    assert count_cost(hlo.parse(IN_PLACE)).hbm_bytes == put + (part + index) + part
 
 
 def test_places_where_a_kernel_meets_its_operand():

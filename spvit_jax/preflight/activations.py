@@ -6,7 +6,7 @@ import itertools
 import re
 from typing import NamedTuple
 
-from spvit_jax.tpu.hlo import Instruction, Program
+from spvit_jax.preflight.hlo import HloModule, Instruction
 
 # JAX names what it differentiates `jvp(…)`, and its backward pass `transpose(jvp(…))`.
 _FORWARD, _BACKWARD = "jvp(", "transpose("
@@ -26,7 +26,7 @@ class _Buffer(NamedTuple):
 Buffers = dict[str, tuple[_Buffer, ...]]  # of the arrays of each instruction's result
 
 
-def kept_bytes(program: Program) -> int:
+def kept_bytes(program: HloModule) -> int:
     """Returns the bytes of HBM of activations: the most that is kept at one time.
 
     Activations are arrays that the forward pass makes and the backward pass reads. Each lives from
@@ -35,7 +35,7 @@ def kept_bytes(program: Program) -> int:
     return max(_kept_bytes(program, body) for body in program.sequences())
 
 
-def _kept_bytes(program: Program, body: list[Instruction]) -> int:
+def _kept_bytes(program: HloModule, body: list[Instruction]) -> int:
     buffers = _buffers(body)
     kept = _made_forward(body, buffers) & _read_backward(body, buffers)
     ends: dict[_Buffer, int] = {}

@@ -13,6 +13,7 @@ Exit code 0: the run fits and nothing is wrong; 1: it does not, and what would f
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pathlib
@@ -21,13 +22,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, readiness
+from spvit_jax import cli
+from spvit_jax import plan as plan_lib
 from spvit_jax.errors import InputError
-from spvit_jax.models import ModelConfig
-from spvit_jax.readiness import Check
-from spvit_jax.tpu import chips, environment, present, remedies
-from spvit_jax.tpu.account import DataFacts, Run, plan
-from spvit_jax.tpu.remedies import Trial
+from spvit_jax.preflight import launch_checks, libtpu, report, search
+from spvit_jax.preflight.launch_checks import Check
+from spvit_jax.preflight.search import Replan, Trial
+from spvit_jax.preflight.topology import Topology, get_topology
+from spvit_jax.training.run import TrainingRun
 
 
 def preflight(
@@ -50,38 +52,42 @@ def preflight(
       show_shardings: whether to print how each parameter is split.
 
     Returns:
-      Whether the run can be launched, and the account as JSON can hold it.
+      Whether the run can be launched, and the report as JSON can hold it.
 
     Raises:
       InputError: libtpu is missing, or the configuration or the topology cannot be used.
     """
-    run, data, teacher, checks = _plan(config, topology_name, num_slices, workdir)
-    print(present.describe(run))
+    topology, replan, checks = _prepare(config, topology_name, num_slices)
+    run = replan({})
+    checks += launch_checks.check_launch(run, workdir)
+    print(report.describe(run, topology))
     for check in checks:
         print(f"{check.what:<16}{check.state}: {check.words}")
     if show_shardings:
-        print(present.shardings(run))
+        print(report.shardings(run))
     print("compiling       the train step and the eval step; a deep model takes long", flush=True)
 
-    trial = remedies.attempt(config, run.topology, data, {}, teacher=teacher)
+    trial = search.compile_trial(replan, topology, {})
     if trial.needed is None:
         raise InputError(trial.reason)
-    if trial.account is not None:
-        print(present.as_text(trial.account))
-    print(present.verdict(run, trial.needed), flush=True)
+    if trial.compiled is not None:
+        print(report.as_text(trial.compiled))
+    print(report.verdict(topology, trial.needed), flush=True)
     found: list[Trial] = []
     tried: list[Trial] = []
     if not trial.fits and ways:
         print("compiling what may make it fit:", flush=True)
-        found = remedies.find(run, config, trial, ways=ways, report=lambda one: _report(one, tried))
-        _advise(run, found)
+        found = search.search(
+            run, topology, replan, trial, ways=ways, report=lambda one: _report(one, tried)
+        )
+        _advise(run, topology, found)
     result = {
-        **present.trial_dict(trial),
+        **report.trial_dict(trial),
         "checks": [vars(check) for check in checks],
-        "ways": [present.trial_dict(way) for way in found],
-        "tried": [present.trial_dict(one) for one in tried],
+        "ways": [report.trial_dict(way) for way in found],
+        "tried": [report.trial_dict(one) for one in tried],
     }
-    return trial.fits and all(check.state != readiness.WRONG for check in checks), result
+    return trial.fits and all(check.state != launch_checks.WRONG for check in checks), result
 
 
 def sweep(
@@ -106,48 +112,50 @@ def sweep(
     Returns:
       The trials as JSON can hold them.
     """
-    run, data, teacher, _ = _plan(config, topology_name, num_slices, None)
-    print(present.describe(run), flush=True)
+    topology, replan, _ = _prepare(config, topology_name, num_slices)
+    print(report.describe(replan({}), topology), flush=True)
     batch = config.data.batch_size
     trials: list[Trial] = []
     for batch_size, remat, fsdp in itertools.product(
         batch_sizes or [batch // 2, batch, 2 * batch],
         remats or [False, True],
-        fsdps or sorted({1, run.mesh.size}),
+        fsdps or sorted({1, len(topology.devices)}),
     ):
         changes = {"data.batch_size": batch_size, "model.remat": remat, "mesh.fsdp": fsdp}
         changes |= {"mesh.data": -1}
-        trial = remedies.attempt(config, run.topology, data, changes, teacher=teacher)
+        trial = search.compile_trial(replan, topology, changes)
         _report(trial, trials)
-    print(present.table(trials))
-    return {"trials": [present.trial_dict(trial) for trial in trials]}
+    print(report.table(trials))
+    return {"trials": [report.trial_dict(trial) for trial in trials]}
 
 
-def _plan(
-    config: ConfigDict, topology_name: str, num_slices: int, workdir: pathlib.Path | None
-) -> tuple[Run, DataFacts, ModelConfig | None, list[Check]]:
-    """Finds everything out that needs no compiler."""
-    environment.prepare()
-    topology = chips.topology(topology_name, num_slices)
-    data, checks = readiness.check_data(config)
-    teacher = readiness.check_teacher(config)
-    run = plan(config, topology, data, teacher=teacher)
-    return run, data, teacher, checks + readiness.check_launch(run, workdir)
+def _prepare(
+    config: ConfigDict, topology_name: str, num_slices: int
+) -> tuple[Topology, Replan, list[Check]]:
+    """Returns the chips, what plans a run on them from changes of its configuration, and checks."""
+    libtpu.prepare()
+    topology = get_topology(topology_name, num_slices)
+    data, checks = launch_checks.check_data(config)
+    teacher = launch_checks.check_teacher(config)
+    replan = functools.partial(
+        plan_lib.training_run, config, data, devices=topology.devices, teacher=teacher
+    )
+    return topology, replan, checks
 
 
 def _report(trial: Trial, trials: list[Trial]) -> None:
     trials.append(trial)
-    print(present.trial_text(trial), flush=True)
+    print(report.trial_text(trial), flush=True)
 
 
-def _advise(run: Run, ways: list[Trial]) -> None:
+def _advise(run: TrainingRun, topology: Topology, ways: list[Trial]) -> None:
     """Prints what fits, the fastest first, with what else it changes."""
     if not ways:
-        print(f"nothing that was tried fits {run.topology.name}; take more or larger chips")
+        print(f"nothing that was tried fits {topology.name}; take more or larger chips")
         return
     print("it fits with one of these, the fastest first:")
     for way in ways:
-        print(present.trial_text(way))
+        print(report.trial_text(way))
     if any("optim.accumulate" in way.changes for way in ways) and run.has_batch_norm:
         print("  (in micro-batches, BatchNorm normalises over each of them alone)")
 

@@ -1,4 +1,4 @@
-"""Accounts for reading, as lines of text, and for machines, as a dictionary of numbers."""
+"""What was compiled, as lines of text to read and as a dictionary of numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import importlib.metadata
 from typing import Any
 
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.tpu.account import Account, Run, bound
-from spvit_jax.tpu.chips import GIB
-from spvit_jax.tpu.compiled import Compiled
-from spvit_jax.tpu.remedies import Trial, as_flags
+from spvit_jax.preflight.compile import CompiledStep
+from spvit_jax.preflight.roofline import CompiledRun, roofline
+from spvit_jax.preflight.search import Trial, as_flags
+from spvit_jax.preflight.topology import GIB, Topology
+from spvit_jax.training.run import TrainingRun
 
 
-def describe(run: Run) -> str:
+def describe(run: TrainingRun, topology: Topology) -> str:
     """Returns what is compiled, in a few lines."""
-    config, topology, mesh = run.config, run.topology, run.mesh.shape
+    config, mesh = run.config, run.mesh.shape
     size = "×".join(map(str, run.model.image_shape))
     remat = ", blocks recomputed" if run.model.remat else ""
     parts = config.optim.accumulate
@@ -28,13 +29,13 @@ def describe(run: Run) -> str:
     )
 
 
-def as_text(account: Account) -> str:
-    """Returns an account in lines."""
-    run, train, chip = account.run, account.train, account.chip
-    limits, seconds = account.bound, account.bound.seconds
+def as_text(compiled: CompiledRun) -> str:
+    """Returns what both steps need and their roofline, in lines."""
+    run, train, chip = compiled.run, compiled.train, compiled.chip
+    limits, seconds = compiled.roofline, compiled.roofline.seconds
     lines = [
         f"compiled        train step {train.seconds:.0f} s, eval step "
-        f"{account.evaluation.seconds:.0f} s",
+        f"{compiled.evaluation.seconds:.0f} s",
         "",
         "memory of a chip, GiB",
     ]
@@ -42,7 +43,7 @@ def as_text(account: Account) -> str:
     lines += [
         f"  {'train step':<28}{train.total / GIB:9.3f}",
         f"  {'eval step, state beside it':<28}"
-        f"{(account.evaluation.total + account.resident) / GIB:9.3f}",
+        f"{(compiled.evaluation.total + compiled.resident) / GIB:9.3f}",
         f"  {'usable':<28}{chip.usable_hbm / GIB:9.3f}  of {chip.hbm / GIB:g}",
         "",
         "a step of training, per chip",
@@ -61,31 +62,31 @@ def as_text(account: Account) -> str:
         "",
         "at best",
         f"  {'step':<28}{1000 * seconds:9.3f} ms, by {limits.by} ({each})",
-        f"  {'images per second':<28}{account.images_per_second:9,.0f}",
-        f"  {'model FLOPs utilisation':<28}{100 * account.mfu:9.1f} %",
-        f"  {'the whole recipe':<28}{account.hours:9.2f} hours, "
-        f"{account.hours * run.mesh.size:.1f} chip-hours",
+        f"  {'images per second':<28}{compiled.images_per_second:9,.0f}",
+        f"  {'model FLOPs utilisation':<28}{100 * compiled.mfu:9.1f} %",
+        f"  {'the whole recipe':<28}{compiled.hours:9.2f} hours, "
+        f"{compiled.hours * run.mesh.size:.1f} chip-hours",
     ]
     return "\n".join(lines)
 
 
-def verdict(run: Run, needed: float) -> str:
+def verdict(topology: Topology, needed: float) -> str:
     """Returns in one line whether a run fits."""
-    usable = run.topology.chip.usable_hbm
+    usable = topology.chip.usable_hbm
     return (
-        f"{'fits' if needed <= usable else 'does not fit'}: a chip of {run.topology.name} needs "
+        f"{'fits' if needed <= usable else 'does not fit'}: a chip of {topology.name} needs "
         f"{needed / GIB:.2f} GiB of the {usable / GIB:.2f} that a program can use"
     )
 
 
-def as_dict(account: Account) -> dict[str, Any]:
-    """Returns an account as JSON can hold it: bytes, operations, seconds, per chip unless said."""
-    run, limits = account.run, account.bound
+def as_dict(compiled: CompiledRun) -> dict[str, Any]:
+    """Returns a compiled run for JSON: bytes, operations and seconds, per chip unless said."""
+    run, limits = compiled.run, compiled.roofline
     return {
         "libtpu": importlib.metadata.version("libtpu"),
-        "topology": run.topology.name,
+        "topology": compiled.topology.name,
         "chips": run.mesh.size,
-        "hosts": run.topology.hosts,
+        "hosts": compiled.topology.hosts,
         "mesh": dict(run.mesh.shape),
         "model": run.config.model.name,
         "image_size": list(run.model.image_shape),
@@ -94,22 +95,22 @@ def as_dict(account: Account) -> dict[str, Any]:
         "accumulate": run.config.optim.accumulate,
         "batch_size": run.config.data.batch_size,
         "steps": run.steps,
-        "fits": account.fits,
-        "needed_bytes": account.needed,
-        "usable_bytes": account.chip.usable_hbm,
-        "train_step": _step(account.train),
-        "eval_step": _step(account.evaluation),
-        "state_beside_eval_step_bytes": account.resident,
+        "fits": compiled.fits,
+        "needed_bytes": compiled.needed,
+        "usable_bytes": compiled.chip.usable_hbm,
+        "train_step": _step(compiled.train),
+        "eval_step": _step(compiled.evaluation),
+        "state_beside_eval_step_bytes": compiled.resident,
         "bound_seconds": {**limits._asdict(), "step": limits.seconds, "by": limits.by},
-        "eval_bound_seconds": bound(account.evaluation, account.chip).seconds,
-        "images_per_second_at_bound": account.images_per_second,
-        "mfu_at_bound": account.mfu,
-        "hours_at_bound": account.hours,
-        "chip_hours_at_bound": account.hours * run.mesh.size,
+        "eval_bound_seconds": roofline(compiled.evaluation, compiled.chip).seconds,
+        "images_per_second_at_bound": compiled.images_per_second,
+        "mfu_at_bound": compiled.mfu,
+        "hours_at_bound": compiled.hours,
+        "chip_hours_at_bound": compiled.hours * run.mesh.size,
     }
 
 
-def _step(step: Compiled) -> dict[str, Any]:
+def _step(step: CompiledStep) -> dict[str, Any]:
     return {
         "memory_bytes": step.memory,
         "total_bytes": step.total,
@@ -127,24 +128,24 @@ def _step(step: Compiled) -> dict[str, Any]:
 
 def trial_text(trial: Trial) -> str:
     """Returns a trial in one line."""
-    if trial.account is None or not trial.fits:
+    if trial.compiled is None or not trial.fits:
         return f"  {as_flags(trial.changes):<58} {trial.reason}"
-    account = trial.account
+    compiled = trial.compiled
     return (
-        f"  {as_flags(trial.changes):<58} {account.needed / GIB:6.2f} GiB, at best "
-        f"{account.images_per_second:,.0f} images/s, {account.hours:.2f} hours"
+        f"  {as_flags(trial.changes):<58} {compiled.needed / GIB:6.2f} GiB, at best "
+        f"{compiled.images_per_second:,.0f} images/s, {compiled.hours:.2f} hours"
     )
 
 
 def trial_dict(trial: Trial) -> dict[str, Any]:
     """Returns a trial as JSON can hold it."""
-    account = None if trial.account is None else as_dict(trial.account)
+    compiled = None if trial.compiled is None else as_dict(trial.compiled)
     return {
         "changes": trial.changes,
         "fits": trial.fits,
         "needed_bytes": trial.needed,
         "reason": trial.reason,
-        "account": account,
+        "account": compiled,
     }
 
 
@@ -166,23 +167,23 @@ def table(trials: list[Trial]) -> str:
         first = " | ".join(
             str(trial.changes[name]) for name in ("data.batch_size", "model.remat", "mesh.fsdp")
         )
-        if trial.account is None:
+        if trial.compiled is None:
             lines.append(f"| {first} | {trial.reason} | – | – | – | – | – |")
             continue
-        account = trial.account
-        seconds = account.train.seconds + account.evaluation.seconds
-        memory = f"{account.needed / GIB:.2f}" + ("" if account.fits else ", too much")
+        compiled = trial.compiled
+        seconds = compiled.train.seconds + compiled.evaluation.seconds
+        memory = f"{compiled.needed / GIB:.2f}" + ("" if compiled.fits else ", too much")
         lines.append(
-            f"| {first} | {memory} | {account.images_per_second:,.0f} | {account.bound.by} | "
-            f"{100 * account.mfu:.0f}% | {account.hours:.2f} | {seconds:.0f} s |"
+            f"| {first} | {memory} | {compiled.images_per_second:,.0f} | {compiled.roofline.by} | "
+            f"{100 * compiled.mfu:.0f}% | {compiled.hours:.2f} | {seconds:.0f} s |"
         )
     return "\n".join(lines)
 
 
-def shardings(run: Run) -> str:
+def shardings(run: TrainingRun) -> str:
     """Returns how each parameter is split: its name, shape, placement and the part of a chip."""
     lines = ["parameters: shape, placement, a chip's part"]
-    for name, leaf in named_leaves(run.program.abstract.model.params).items():
+    for name, leaf in named_leaves(run.abstract.model.params).items():
         part = "×".join(map(str, leaf.sharding.shard_shape(leaf.shape)))
         whole = "×".join(map(str, leaf.shape))
         lines.append(f"  {name:<44} {whole:<18} {leaf.sharding.spec!s:<34} {part}")

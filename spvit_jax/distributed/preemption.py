@@ -8,7 +8,7 @@ from typing import Self
 
 from jax.experimental import multihost_utils
 
-from spvit_jax.training import cluster
+from spvit_jax.distributed.coordination import is_formed
 
 
 class Interrupt:
@@ -22,17 +22,17 @@ class Interrupt:
         self._noted = False
 
     def __enter__(self) -> Self:
-        if not cluster.is_formed():
+        if not is_formed():
             self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not cluster.is_formed():
+        if not is_formed():
             signal.signal(signal.SIGTERM, self._previous)
 
     def requested(self, step: int) -> bool:
         """Returns whether to stop after a step, the same on all processes; asked at each step."""
-        if cluster.is_formed():
+        if is_formed():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noted
 
