@@ -28,7 +28,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from spvit_jax.data import pipeline
-from spvit_jax.data.augment import TrainTransform
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.sources import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config

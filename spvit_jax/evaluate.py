@@ -24,7 +24,7 @@ from spvit_jax import cli, distributed
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.augment import EvalTransform
+from spvit_jax.data.crops import EvalTransform
 from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
-from spvit_jax.data import mix
+from spvit_jax.augment import mix
 from spvit_jax.models import ModelConfig
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import sharding

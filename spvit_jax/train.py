@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from spvit_jax import cli, distributed, weights
 from spvit_jax import config as config_lib
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.augment import mix
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError

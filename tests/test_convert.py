@@ -13,8 +13,9 @@ import torch
 
 from spvit_jax import config as config_lib
 from spvit_jax import weights
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import EvalTransform
+from spvit_jax.augment import mix
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import EvalTransform
 from spvit_jax.errors import InputError
 from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.interop import files, to_theirs

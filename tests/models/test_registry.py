@@ -12,13 +12,7 @@ import pytest
 from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.models import (
-    create_model,
-    evaluation_protocol,
-    from_dict,
-    list_models,
-    model_config,
-)
+from spvit_jax.models import create_model, evaluation_protocol, from_dict, list_models, model_config
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.initializers import CountedRngs
 

@@ -6,7 +6,7 @@ import pytest
 
 from spvit_jax import config as config_lib
 from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.run import DataSize

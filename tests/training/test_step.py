@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from spvit_jax.data.mix import BatchTransform
-from spvit_jax.data.randaugment import RandAugment
+from spvit_jax.augment.mix import BatchTransform
+from spvit_jax.augment.randaugment import RandAugment
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding, step
 from spvit_jax.training import state as state_lib

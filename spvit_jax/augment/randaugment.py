@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spvit_jax.data import pixels
+from spvit_jax.augment import pixels
 from spvit_jax.errors import InputError
 
 _LARGEST = 10.0  # magnitude

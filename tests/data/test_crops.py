@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from spvit_jax.data.augment import EvalTransform, TrainTransform, random_crop_box
+from spvit_jax.data.crops import EvalTransform, TrainTransform, random_crop_box
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 

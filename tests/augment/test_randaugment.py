@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.data import randaugment
-from spvit_jax.data.randaugment import RandAugment
+from spvit_jax.augment import randaugment
+from spvit_jax.augment.randaugment import RandAugment
 from spvit_jax.errors import InputError
 from tests.yardstick import auto_augment
 

@@ -3,7 +3,7 @@
 Everything random is drawn from a seed that is passed in, so that an example looks the same
 whenever and wherever it is read. TensorFlow decodes, which is faster; Pillow resizes, which is
 faster too, and gives the pixels that other people's recipes are trained and evaluated with. What
-is done to a whole batch is in `mix.py`, on the device.
+is done to a whole batch is in `augment/`, on the device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is done to a whole batch, on the device and inside the jitted step.
 
-The host crops, resizes and flips single images (`augment.py`) and sends uint8; from there
+The host crops, resizes and flips single images (`data/crops.py`) and sends uint8; from there
 `BatchTransform` goes on: RandAugment and its like (`randaugment.py`), normalising, erasing, MixUp
 and CutMix.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from spvit_jax.data.randaugment import RandAugment, color_jitter, three_augment
+from spvit_jax.augment.randaugment import RandAugment, color_jitter, three_augment
 from spvit_jax.errors import InputError
 
 _ERASE_ATTEMPTS = 10  # timm's
@@ -85,7 +85,7 @@ class BatchTransform:
 
         Returns:
           Normalised images float32 [B, h, w, 3]; targets [B, C]; and where RandAugment has moved
-          the pixels, as `token_labels.align` takes it, or None.
+          the pixels, as `label_maps.align` takes it, or None.
         """
         augment_key, erase_key, mix_key = jax.random.split(key, 3)
         images, moves = self._augment(images, augment_key)

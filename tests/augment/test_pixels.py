@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
-from spvit_jax.data import pixels, randaugment
+from spvit_jax.augment import pixels, randaugment
 from tests.yardstick import auto_augment
 
 FILL = (124, 116, 104)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.errors import InputError
 from tests.data.archives import photograph
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.data.mix import BatchTransform, erase, mix, normalize
-from spvit_jax.data.randaugment import RandAugment
+from spvit_jax.augment.mix import BatchTransform, erase, mix, normalize
+from spvit_jax.augment.randaugment import RandAugment
 
 
 def batch(size=6):
