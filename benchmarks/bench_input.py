@@ -33,7 +33,7 @@ from spvit_jax.data.sources import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config
 from spvit_jax.models.complexity import count_macs
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
 
 FILES = 256
 BATCH = 64

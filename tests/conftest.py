@@ -1,9 +1,8 @@
 """Eight simulated devices, programs that compile fast, and the data set that all tests share."""
 
 import os
-import pathlib
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+from tests.helpers import REPOSITORY
 
 # The one place where environment variables are set: for this process, for the workers of
 # pytest-xdist, and for the commands that tests start. Whatever is compiled is compiled once.
@@ -15,8 +14,8 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # halves the time of most tests

@@ -23,10 +23,10 @@ from spvit_jax.models import model_config
 from spvit_jax.models.naming import shapes_of
 from spvit_jax.train import train
 from spvit_jax.training import sharding
-from tests.commands import CONFIG, SMALL, records_of, run
-from tests.interop.torch_models import TorchViT
-from tests.models.weights import run as run_model
-from tests.test_config import digits
+from tests.helpers.commands import CONFIG, SMALL, records_of, run
+from tests.helpers.configs import digits
+from tests.helpers.torch_models import TorchViT
+from tests.helpers.variables import run as run_model
 
 SIZE_16 = "--config.model.image_size=16"
 

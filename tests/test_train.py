@@ -4,7 +4,7 @@ import pytest
 
 from spvit_jax.errors import InputError
 from spvit_jax.train import train
-from tests.test_config import digits
+from tests.helpers.configs import digits
 
 
 @pytest.mark.parametrize(

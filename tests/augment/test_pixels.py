@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
 from spvit_jax.augment import pixels, randaugment
-from tests.yardstick import auto_augment
+from tests.helpers.timm_reference import auto_augment
 
 FILL = (124, 116, 104)
 LEVELS = (0.0, 0.25, 0.5, 0.9, 1.0)

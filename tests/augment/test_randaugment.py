@@ -8,7 +8,7 @@ import pytest
 from spvit_jax.augment import randaugment
 from spvit_jax.augment.randaugment import RandAugment
 from spvit_jax.errors import InputError
-from tests.yardstick import auto_augment
+from tests.helpers.timm_reference import auto_augment
 
 COUNT = 10_000
 

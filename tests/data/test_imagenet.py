@@ -16,8 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from spvit_jax.data import datasets, imagenet, prepare
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
-from tests.conftest import REPOSITORY
-from tests.data import archives
+from tests.helpers import REPOSITORY, archives
 
 SHARDS = 5
 

@@ -10,7 +10,7 @@ import pytest
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.errors import InputError
-from tests.data.archives import photograph
+from tests.helpers.archives import photograph
 
 TRANSFORM = TrainTransform((16, 16))
 COUNT = 24

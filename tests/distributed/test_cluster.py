@@ -16,7 +16,8 @@ import pytest
 
 from spvit_jax import distributed
 from spvit_jax.errors import InputError
-from tests.commands import (
+from tests.helpers import REPOSITORY
+from tests.helpers.commands import (
     CONFIG,
     SMALL,
     command,
@@ -26,7 +27,6 @@ from tests.commands import (
     saved_arrays,
     truncate_checkpoint,
 )
-from tests.conftest import REPOSITORY
 
 STEPS = 20
 # SGD is linear in the gradient: Adam's first steps make signs of the rounding of small gradients.
@@ -42,7 +42,7 @@ SETTINGS = [
     "--config.data.threads=1",
 ]
 POD = REPOSITORY / "launch" / "local_pod.sh"
-MEMBER = [sys.executable, "-m", "tests.cluster_member"]
+MEMBER = [sys.executable, "-m", "tests.helpers.cluster_member"]
 
 
 def pod(environment, count, *args, devices=2):

@@ -13,8 +13,8 @@ from spvit_jax.interop import DIALECTS, load_torch, to_ours, to_theirs, to_torch
 from spvit_jax.interop.files import as_arrays
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import arrays_of, shapes_of
-from tests.interop.photographs import photographs
-from tests.interop.torch_models import TorchViT, build_timm, randomise
+from tests.helpers.photographs import photographs
+from tests.helpers.torch_models import TorchViT, build_timm, randomise
 
 VIT = {"depth": 3, "dim": 24, "num_heads": 3, "image_size": 48, "num_classes": 7}
 STEM = VIT | {"stem_width": 8}

@@ -10,8 +10,8 @@ from spvit_jax.models.base import Tokens
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.spatial import LocalityMask
 from spvit_jax.models.swin import PatchMerging, WindowAttention
-from tests.models import reference
-from tests.models.weights import random_variables, run
+from tests.helpers import numpy_models
+from tests.helpers.variables import random_variables, run
 
 DIM, HEADS, WINDOW = 12, 3, 4
 
@@ -23,7 +23,7 @@ def expected_attention(x, p, grid, shift, mask):
     height, width = -(-h // rows) * rows, -(-w // columns) * columns
     image = np.zeros((len(x), height, width, DIM))
     image[:, :h, :w] = x.reshape(len(x), h, w, DIM)
-    qkv = reference.linear(image.reshape(len(x), -1, DIM), p, "qkv")
+    qkv = numpy_models.linear(image.reshape(len(x), -1, DIM), p, "qkv")
     y, x_ = (axis.ravel() for axis in np.divmod(np.arange(height * width), width))
 
     def window_of(position, size, step, moved):
@@ -48,8 +48,8 @@ def expected_attention(x, p, grid, shift, mask):
         scores = np.where(together, scores + bias, -np.inf)
         if mask and head < mask.num_masked and mask.kind == "hard":
             scores = np.where(far, -np.inf, scores)
-        out[..., head * d : (head + 1) * d] = reference.softmax(scores) @ v
-    out = reference.linear(out, p, "proj").reshape(len(x), height, width, DIM)
+        out[..., head * d : (head + 1) * d] = numpy_models.softmax(scores) @ v
+    out = numpy_models.linear(out, p, "proj").reshape(len(x), height, width, DIM)
     return out[:, :h, :w].reshape(x.shape)
 
 

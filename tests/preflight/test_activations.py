@@ -7,7 +7,7 @@ import pytest
 
 from spvit_jax.preflight import hlo
 from spvit_jax.preflight.activations import kept_bytes
-from tests.preflight.compiler import compiles_for_tpus, one_chip
+from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
 

@@ -7,9 +7,9 @@ import pytest
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import preflight, search, sweep
 from spvit_jax.preflight.topology import GIB
-from tests.commands import run
-from tests.preflight.compiler import compiles_for_tpus
-from tests.test_config import digits
+from tests.helpers.commands import run
+from tests.helpers.configs import digits
+from tests.helpers.tpu_compiler import compiles_for_tpus
 
 pytestmark = compiles_for_tpus
 

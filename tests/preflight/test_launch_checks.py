@@ -7,7 +7,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks
 from spvit_jax.preflight.launch_checks import ABSENT, OK, WRONG
 from spvit_jax.training.run import DataSize, TrainingRun
-from tests.test_config import digits, load
+from tests.helpers.configs import digits, load
 
 
 @pytest.fixture(scope="module")

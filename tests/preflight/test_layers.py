@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from spvit_jax.models.layers import ConvStem
-from tests.preflight.compiler import compiles_for_tpus, one_chip
+from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
 

@@ -11,7 +11,7 @@ from spvit_jax.preflight.roofline import (
     roofline,
 )
 from spvit_jax.preflight.topology import get_topology
-from tests.preflight.compiler import WIDE, compiles_for_tpus, planned
+from tests.helpers.tpu_compiler import WIDE, compiles_for_tpus, planned
 
 pytestmark = compiles_for_tpus
 

@@ -10,7 +10,7 @@ from spvit_jax.preflight.compile import EVAL_STEP, TRAIN_STEP
 from spvit_jax.preflight.search import Trial, as_flags, candidates, search
 from spvit_jax.preflight.topology import CHIPS, GIB, Topology
 from spvit_jax.training.run import DataSize
-from tests.test_config import digits
+from tests.helpers.configs import digits
 
 V5E = CHIPS["v5e"]
 

@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import libtpu
 from spvit_jax.preflight.topology import CHIPS, get_topology
-from tests.conftest import REPOSITORY
-from tests.preflight.compiler import needs_libtpu
+from tests.helpers import REPOSITORY
+from tests.helpers.tpu_compiler import needs_libtpu
 
 
 @needs_libtpu

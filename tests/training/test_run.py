@@ -11,7 +11,7 @@ from spvit_jax.training import run as run_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.run import DataSize
 from spvit_jax.training.step import Recipe
-from tests.test_config import digits
+from tests.helpers.configs import digits
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 CONFIG = "--config=configs/digits.py"
 # Small and quick, but with everything that has a state: drop path, BatchNorm, an average.

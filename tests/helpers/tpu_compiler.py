@@ -9,7 +9,7 @@ from spvit_jax import plan
 from spvit_jax.preflight import libtpu
 from spvit_jax.preflight.topology import get_topology
 from spvit_jax.training.run import DataSize
-from tests.test_config import digits
+from tests.helpers.configs import digits
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

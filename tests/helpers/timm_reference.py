@@ -1,4 +1,4 @@
-"""timm, the yardstick of several tests, imported past a torchvision that is built for CUDA."""
+"""timm, which several tests compare with, imported past a torchvision that is built for CUDA."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The columnar family in PyTorch, as a yardstick: the authors' names, pairs in place of tables.
+"""The columnar family in PyTorch, to compare with: the authors' names, pairs in place of tables.
 
 Nothing here is shared with the package. `build` gives the module of a configuration; the families
 that timm has come from timm itself.
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
 
 
 class SpatialAttention(nn.Module):
