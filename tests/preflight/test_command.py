@@ -5,7 +5,8 @@ import json
 import pytest
 
 from spvit_jax.errors import InputError
-from spvit_jax.preflight import preflight, search, sweep
+from spvit_jax.preflight import search
+from spvit_jax.preflight.__main__ import preflight, sweep
 from spvit_jax.preflight.topology import GIB
 from tests.helpers.commands import run
 from tests.helpers.configs import digits
