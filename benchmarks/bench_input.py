@@ -28,12 +28,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from spvit_jax.data import pipeline
-from spvit_jax.data.augment import TrainTransform
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.folders import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config
 from spvit_jax.models.complexity import count_macs
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
 
 FILES = 256
 BATCH = 64

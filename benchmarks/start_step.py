@@ -20,7 +20,7 @@ from absl import app
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from spvit_jax.data import pipeline
-from spvit_jax.data.augment import TrainTransform
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.sources import TfdsSource
 from spvit_jax.data.tensorflow import tf
 

@@ -13,9 +13,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
-from spvit_jax import logs
+from spvit_jax import distributed, logs
 from spvit_jax.errors import InputError, WriteError, exit_code, nearest
-from spvit_jax.training import cluster
 
 T = TypeVar("T")
 Getter = Callable[[], T]  # of a flag's value, once flags are parsed
@@ -143,25 +142,25 @@ def weights_flags() -> Getter[dict[str, str]]:
     return lambda: {"which": which.value, "weights": weights.value}
 
 
-def cluster_flags() -> Getter[cluster.Address | None]:
+def cluster_flags() -> Getter[distributed.Address | None]:
     """Defines the flags of several processes; the function gives where this one belongs, if so."""
     coordinator = flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where several processes train as one."
     )
     num_processes = flags.DEFINE_integer("num_processes", None, "How many there are of them.")
     process_id = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-    distributed = flags.DEFINE_bool(
+    on_pod = flags.DEFINE_bool(
         "distributed", None, "On a pod: find the other processes. By default where GKE names them."
     )
     timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait until all have come.")
 
-    def address() -> cluster.Address | None:
+    def address() -> distributed.Address | None:
         told = coordinator.value, num_processes.value, process_id.value
         if told == (None, None, None):
-            wanted = cluster.is_pod() if distributed.value is None else distributed.value
-            return cluster.Address(timeout=timeout.value) if wanted else None
-        if distributed.value:
+            wanted = distributed.is_pod() if on_pod.value is None else on_pod.value
+            return distributed.Address(timeout=timeout.value) if wanted else None
+        if on_pod.value:
             raise InputError("--distributed finds the processes by itself; leave --coordinator out")
-        return cluster.Address(*told, timeout=timeout.value)
+        return distributed.Address(*told, timeout=timeout.value)
 
     return address

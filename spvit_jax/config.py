@@ -19,12 +19,7 @@ from ml_collections.config_dict import placeholder
 
 from spvit_jax import atomic
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models import (
-    EvaluationProtocol,
-    ModelConfig,
-    evaluation_protocol,
-    model_config,
-)
+from spvit_jax.models import EvaluationProtocol, ModelConfig, evaluation_protocol, model_config
 
 log = logging.getLogger("spvit_jax")
 

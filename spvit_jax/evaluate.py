@@ -20,13 +20,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import classes, cli, plan
+from spvit_jax import classes, cli, distributed, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.augment import EvalTransform
+from spvit_jax.data.crops import EvalTransform
 from spvit_jax.errors import writing
-from spvit_jax.training import cluster, sharding
+from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.step import Recipe, eval_step
 
@@ -56,13 +56,13 @@ def evaluate_checkpoint(
     plan.check_names(config)
     data = config.data
     source = datasets.for_evaluation(data, split or data.eval_split)
-    cluster.agree(
+    distributed.agree(
         config_lib.flatten({"config": config.to_dict()})
         | {"classes": classes.fingerprint(source.class_names)}
         | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    cluster.connect(mesh)
+    distributed.connect(mesh)
     like = config_lib.model_settings(config, num_classes=source.num_classes)
     found = weights_lib.find(path, like, which=which, weights=weights)
     source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
@@ -105,7 +105,7 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
-        with cluster.joined(address()):
+        with distributed.joined(address()):
             results = evaluate_checkpoint(
                 config(),
                 pathlib.Path(path.value),
@@ -113,7 +113,7 @@ def main() -> None:
                 **weights(),
             )
             text = json.dumps(results, indent=2) + "\n"
-            if cluster.is_primary():
+            if distributed.is_primary():
                 sys.stdout.write(text)
                 if output.value:
                     with writing(pathlib.Path(output.value)):

@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 from spvit_jax import cli, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import EvalTransform
+from spvit_jax.augment import mix
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import EvalTransform
 from spvit_jax.models import Model
 from spvit_jax.models.spatial import LocalityMask
 from spvit_jax.training import sharding

@@ -13,8 +13,8 @@ import sys
 
 from tqdm import tqdm
 
+from spvit_jax import distributed
 from spvit_jax.errors import InputError
-from spvit_jax.training import cluster
 
 log = logging.getLogger("spvit_jax")
 
@@ -62,7 +62,7 @@ def start_run(workdir: pathlib.Path | None) -> None:
     """
     early = [h for h in log.handlers if isinstance(h, logging.handlers.MemoryHandler)]
     screen = _Screen(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    if workdir is None or not cluster.is_primary():
+    if workdir is None or not distributed.is_primary():
         _send_to(screen)
         return
     try:
@@ -90,4 +90,4 @@ def _send_to(*handlers: logging.Handler) -> None:
 def _is_said(record: logging.LogRecord) -> bool:
     """Returns whether this process says a line: what all know alike, only the first one does."""
     own = record.levelno >= logging.WARNING and record.name.startswith(_DATA)
-    return own or cluster.is_primary()
+    return own or distributed.is_primary()

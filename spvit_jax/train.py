@@ -19,22 +19,22 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spvit_jax import classes, cli, logs, plan, weights
+from spvit_jax import classes, cli, distributed, logs, plan, weights
 from spvit_jax import config as config_lib
+from spvit_jax.augment import mix
 from spvit_jax.classes import ClassNames
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps
 from spvit_jax.errors import InputError
 from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, cluster, report, sharding
-from spvit_jax.training import program as program_lib
+from spvit_jax.training import checkpoint, report, sharding
+from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
-from spvit_jax.training.interrupt import Interrupt
 from spvit_jax.training.step import Recipe
 
 
@@ -74,13 +74,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         num_classes=train_source.num_classes,
         grid=None if label_maps is None else model_config.grid,
     )
-    cluster.agree(
+    distributed.agree(
         config_lib.flatten({"config": config.to_dict()})
         | {"examples": (len(train_source), len(eval_source)), "start": checkpoint.newest(workdir)}
         | {"classes": classes.fingerprint(class_names)}
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    cluster.connect(mesh)
+    distributed.connect(mesh)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
     sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
@@ -98,13 +98,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         )
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
-    program = program_lib.build(config, model_config, recipe, mesh)
-    root, abstract, shardings = program.root, program.abstract, program.shardings
-    train_fn, eval_fn = program.train_step, program.eval_step
+    size = run_lib.DataSize(len(train_source), len(eval_source), train_source.num_classes)
+    run = run_lib.build(config, model_config, recipe, mesh, size)
+    root, abstract, shardings = run.root, run.abstract, run.shardings
+    train_fn, eval_fn = run.train_step, run.eval_step
 
     def fresh() -> tuple[state_lib.TrainState, str]:
         """Returns the state before the first step, and where its weights are from."""
-        state = program.create()
+        state = run.create()
         if init_from is None:
             return state, "scratch"
         variables = init_from.load(
@@ -135,9 +136,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     )
 
     if not dry_run:
-        config_lib.claim_workdir(workdir, config, in_use=in_use, write=cluster.is_primary())
-        classes.claim_workdir(workdir, class_names, in_use=in_use, write=cluster.is_primary())
-        cluster.check_shared(workdir)
+        write = distributed.is_primary()
+        config_lib.claim_workdir(workdir, config, in_use=in_use, write=write)
+        classes.claim_workdir(workdir, class_names, in_use=in_use, write=write)
+        distributed.check_shared(workdir)
     logs.start_run(None if dry_run else workdir)
     report.summarize(
         config,
@@ -159,7 +161,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         trial, origin = fresh()
         with train_batches() as batches, eval_batches() as held_out:
             trial = train_fn(trial, sharding.put_batch(next(batches), mesh), root, teacher)
-            state_lib.check_finite(trial, program.finite_leaves(trial))
+            state_lib.check_finite(trial, run.finite_leaves(trial))
             first = eval_fn(trial.best_model, sharding.put_batch(next(held_out), mesh))
         losses = state_lib.means(trial.metrics)["loss"], state_lib.means(first)["loss"]
         log.info("dry run         from %s, loss %.4f, then %.4f on held-out data", origin, *losses)
@@ -167,7 +169,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         return False
 
     with (
-        Interrupt() as interrupt,
+        distributed.Interrupt() as interrupt,
         checkpoint.Checkpoints(
             workdir,
             model_config,
@@ -197,7 +199,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
                 if step % config.log_every == 0 or step == total_steps:
                     state_lib.check_finite(state)
-                    reporter.train(step, state.metrics, float(program.learning_rate(step - 1)))
+                    reporter.train(step, state.metrics, float(run.learning_rate(step - 1)))
                     state = state.replace(
                         metrics=jax.jit(state_lib.zero_metrics, out_shardings=shardings.metrics)()
                     )
@@ -210,12 +212,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
                     reporter.evaluation(step, results)
 
                 if results or step % config.checkpoint.every == 0:
-                    state_lib.check_finite(state, program.finite_leaves(state))
+                    state_lib.check_finite(state, run.finite_leaves(state))
                     checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
         if step < total_steps:
-            state_lib.check_finite(state, program.finite_leaves(state))
+            state_lib.check_finite(state, run.finite_leaves(state))
             checkpoints.save(step, state)
         checkpoints.wait()  # what is said now is true
         if step < total_steps:
@@ -265,7 +267,7 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
-        with cluster.joined(address(), notices=True):
+        with distributed.joined(address(), notices=True):
             complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
         if not complete and not dry_run.value:
             sys.exit(cli.STOPPED_EARLY)

@@ -31,10 +31,10 @@ from spvit_jax.interop.containers import unwrap
 from spvit_jax.interop.tensors import as_arrays
 from spvit_jax.interop.translate import to_ours
 from spvit_jax.models import Model, ModelConfig, ViTConfig, from_dict
-from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.naming import map_named, named_leaves, set_arrays, shapes_of
 from spvit_jax.models.resize import adapt, check_adaptable, check_classes, check_heads
 from spvit_jax.training import checkpoint, sharding
+from spvit_jax.training.run import abstract_variables
 from spvit_jax.training.state import Variables
 
 log = logging.getLogger("spvit_jax")
@@ -148,7 +148,7 @@ class Weights:
         Raises:
           InputError: the weights are damaged.
         """
-        like, shardings = plan(model, mesh, preset)
+        like, shardings = abstract_variables(model, mesh, preset)
         new_head = None not in (self.class_names, class_names) and self.class_names != class_names
 
         def make(arrays: Mapping[str, jax.Array]) -> Variables:
@@ -203,7 +203,7 @@ def find(
         config = _known(like if fields is None else from_dict(fields, source), source)
 
         def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
-            shapes, _ = plan(config, mesh, preset)
+            shapes, _ = abstract_variables(config, mesh, preset)
             variables = checkpoint.load_variables(directory, shapes, weights=taken)
             return arrays_of(variables)
 
@@ -311,11 +311,6 @@ def _say_which(where: object, is_average: bool, has_average: bool) -> None:
 def arrays_of(variables: Variables) -> dict[str, Any]:
     """Returns a model's arrays under their names, as `naming.arrays_of` does of a module."""
     return {_inside(name): leaf for name, leaf in named_leaves(variables).items()}
-
-
-def plan(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
-    """Returns a model's variables as shapes with shardings, and the shardings alone."""
-    return sharding.plan(lambda: Variables.of(model.build(CountedRngs(0))), mesh, preset)
 
 
 def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:

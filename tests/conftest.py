@@ -2,17 +2,24 @@
 
 import logging
 import os
-import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests.helpers import REPOSITORY
+
+# The one place where environment variables are set: for this process, for the workers of
+# pytest-xdist, and for the commands that tests start. Whatever is compiled is compiled once.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "xla"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**31),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # halves the time of most tests
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +49,6 @@ def data_dir() -> str:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Of a machine with one device; compiled programs are shared between the runs."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    """Of a machine with one device."""
+    return dict(os.environ)

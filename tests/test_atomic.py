@@ -18,7 +18,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.interop import files
 from spvit_jax.models import model_config
 from spvit_jax.training import checkpoint, sharding
-from tests.models.weights import random_variables
+from tests.helpers.variables import random_variables
 
 SMALL = {"depth": 1, "dim": 192, "image_size": 32, "num_classes": 5}
 MODEL = model_config("deit_ti", **SMALL)

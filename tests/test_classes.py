@@ -8,20 +8,21 @@ import pytest
 from PIL import Image
 from scipy.special import logsumexp
 
-from spvit_jax import readiness, weights
+from spvit_jax import weights
 from spvit_jax.convert import convert, write_checkpoint
 from spvit_jax.data import datasets
-from spvit_jax.data.augment import WholeTransform
+from spvit_jax.data.crops import WholeTransform
 from spvit_jax.data.sources import Renumbered
 from spvit_jax.data.token_labels.store import LabelMaps, write
 from spvit_jax.errors import InputError
 from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.explain import explain
-from spvit_jax.tpu.account import DataFacts
+from spvit_jax.preflight import launch_checks
 from spvit_jax.train import train
 from spvit_jax.training import checkpoint, sharding
-from tests.commands import saved_arrays
-from tests.test_config import digits
+from spvit_jax.training.run import DataSize
+from tests.helpers.commands import saved_arrays
+from tests.helpers.configs import digits
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 IMAGES = 3  # of each class and split
@@ -121,7 +122,7 @@ def test_a_class_of_another_split_alone_is_named(root, workdir, tmp_path):
     with pytest.raises(InputError, match=words):
         explain(config_of(root, eval_split="other"), workdir, tmp_path / "new")
     with pytest.raises(InputError, match=words):
-        readiness.check_data(config_of(root, eval_split="other"))
+        launch_checks.check_data(config_of(root, eval_split="other"))
 
 
 def without_table(workdir, path):
@@ -230,5 +231,5 @@ def test_token_labels_know_their_classes(tmp_path):
 
 
 def test_preflight_knows_the_names(root):
-    facts, _ = readiness.check_data(config_of(root))
-    assert facts == DataFacts(15, 12, 5, class_names=CLASSES)
+    facts, _ = launch_checks.check_data(config_of(root))
+    assert facts == DataSize(15, 12, 5, class_names=CLASSES)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib.util
 import inspect
 import os
 import pathlib
@@ -12,24 +11,13 @@ import numpy as np
 import pytest
 
 from spvit_jax import config as config_lib
-from spvit_jax.data import mix
+from spvit_jax.augment import mix
 from spvit_jax.errors import InputError
 from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
 from spvit_jax.training import optimizer
 from spvit_jax.training.step import Recipe
-
-
-def load(name, arg=None):
-    path = pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
-
-
-def digits(arg=None):
-    return load("digits", arg)
+from tests.helpers.configs import digits, load
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import torch
 
 from spvit_jax import config as config_lib
 from spvit_jax import weights
+from spvit_jax.augment import mix
 from spvit_jax.convert import write_checkpoint, write_torch
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import EvalTransform
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import EvalTransform
 from spvit_jax.errors import InputError
 from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.interop import files, to_theirs
@@ -26,11 +27,11 @@ from spvit_jax.models.complexity import count_parameters
 from spvit_jax.models.naming import shapes_of
 from spvit_jax.train import train
 from spvit_jax.training import sharding
-from tests.commands import CONFIG, SMALL, records_of, run
-from tests.interop.torch_models import TorchViT
-from tests.models.weights import random_variables
-from tests.models.weights import run as run_model
-from tests.test_config import digits
+from tests.helpers.commands import CONFIG, SMALL, records_of, run
+from tests.helpers.configs import digits
+from tests.helpers.torch_models import TorchViT
+from tests.helpers.variables import random_variables
+from tests.helpers.variables import run as run_model
 
 SIZE_16 = "--config.model.image_size=16"
 

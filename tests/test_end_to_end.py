@@ -18,7 +18,8 @@ import pytest
 
 from spvit_jax import config as config_lib
 from spvit_jax.evaluate import evaluate_checkpoint
-from tests.commands import (
+from tests.helpers import REPOSITORY
+from tests.helpers.commands import (
     CONFIG,
     SMALL,
     assert_same_run,
@@ -30,7 +31,6 @@ from tests.commands import (
     truncate_checkpoint,
     wait_until,
 )
-from tests.conftest import REPOSITORY
 
 
 def start(environment, workdir):

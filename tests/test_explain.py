@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spvit_jax.explain import layer_similarity, learned_priors, locality_scores
-from tests.models.weights import random_variables
+from tests.helpers.variables import random_variables
 
 SMALL = {"image_size": 24, "patch_size": 4, "dim": 12, "num_heads": 3, "num_classes": 5}
 

@@ -9,9 +9,8 @@ import pytest
 
 from spvit_jax.data import imagenet
 from spvit_jax.data.token_labels.store import LabelMaps
-from tests.commands import assert_same_run, command, records_of, run, wait_until
-from tests.conftest import REPOSITORY
-from tests.data import archives
+from tests.helpers import REPOSITORY, archives
+from tests.helpers.commands import assert_same_run, command, records_of, run, wait_until
 
 STEPS = 8  # two epochs of 32 images
 SMALL = [

@@ -4,9 +4,8 @@ import logging
 
 import pytest
 
-from spvit_jax import logs
+from spvit_jax import distributed, logs
 from spvit_jax.errors import InputError
-from spvit_jax.training import cluster
 
 
 def lines(text):
@@ -31,7 +30,7 @@ def test_warnings_are_shown_though_the_root_logger_is_mute(capfd, tmp_path, monk
 
 
 def test_what_all_processes_know_is_said_by_the_first(capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "is_primary", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     for begin in (logs.start, lambda: logs.start_run(tmp_path)):
         begin()
         logs.log.info("start")

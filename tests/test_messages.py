@@ -16,8 +16,8 @@ from spvit_jax import config as config_lib
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.training import checkpoint
 from spvit_jax.training.state import Variables
-from tests.commands import command, newest_step, run
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
+from tests.helpers.commands import command, newest_step, run
 from tests.test_train import tiny
 
 TINY = ["--config=configs/digits.py:vit", "--config.model.depth=1", "--config.model.dim=12"]

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from benchmarks import mutants
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 from tests.mutants import MUTANTS, Mutant
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training.checkpoint import Checkpoints
-from tests.conftest import REPOSITORY
-from tests.models.weights import random_variables
+from tests.helpers import REPOSITORY
+from tests.helpers.variables import random_variables
 
 SMALL = {"depth": 2, "dim": 12, "num_heads": 3, "image_size": 16, "patch_size": 4, "num_classes": 5}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spvit_jax.data.token_labels.store import LabelMaps
-from tests.commands import CONFIG, SMALL, records_of, run
+from tests.helpers.commands import CONFIG, SMALL, records_of, run
 
 # Twenty epochs, after which the small model is far from chance.
 LONGER = [

@@ -12,11 +12,11 @@ import pytest
 from spvit_jax.errors import InputError
 from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.explain import explain
-from spvit_jax.preflight import preflight
+from spvit_jax.preflight.__main__ import preflight
 from spvit_jax.train import train
 from spvit_jax.training import step
-from tests.commands import newest_step, saved_arrays
-from tests.test_config import digits
+from tests.helpers.commands import newest_step, saved_arrays
+from tests.helpers.configs import digits
 
 
 def tiny(data_dir, model="vit", **settings):

@@ -15,9 +15,9 @@ from spvit_jax.models import create_model, model_config
 from spvit_jax.models.naming import arrays_of, shapes_of
 from spvit_jax.training import sharding
 from spvit_jax.weights import load_torch
-from tests.interop.photographs import photographs
-from tests.interop.torch_models import TorchViT, randomise
-from tests.models.weights import run
+from tests.helpers.photographs import photographs
+from tests.helpers.torch_models import TorchViT, randomise
+from tests.helpers.variables import run
 
 VIT = {"depth": 3, "dim": 24, "num_heads": 3, "image_size": 48, "num_classes": 7}
 SPVIT = VIT | {"depth": 5, "stem_width": 8}

@@ -1,5 +1,4 @@
-"""Input: what data sets exist, how batches are made of them, and what is done to the images.
+"""Input on the host: what data sets exist, crops of their images, and batches of these.
 
-Only this package imports TensorFlow. What runs in the step, on the device, does without it:
-`mix.py`, `randaugment.py`, `pixels.py` and `token_labels/align.py`.
+Only this package imports TensorFlow. What is done to batches on the device is in `augment/`.
 """

@@ -15,11 +15,11 @@ from typing import Self
 import numpy as np
 
 from spvit_jax.data import decode
-from spvit_jax.data.augment import EvalTransform, TrainTransform, WholeTransform
-from spvit_jax.data.faults import Faults
+from spvit_jax.data.crops import EvalTransform, TrainTransform, WholeTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.data.token_labels.store import LabelMaps
+from spvit_jax.data.unreadable import Faults
 from spvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]

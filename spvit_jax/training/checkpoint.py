@@ -21,11 +21,11 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from spvit_jax import distributed
 from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError, WriteError, check_shapes, first_line
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import cluster
 from spvit_jax.training.state import Variables
 
 log = logging.getLogger("spvit_jax")
@@ -138,11 +138,11 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes orbax raise
                 problem = first_line(error)
             # A file may be damaged where only some of the processes read it.
-            problems = [text for text in cluster.gather(problem) if text]
+            problems = [text for text in distributed.gather(problem) if text]
             if not problems:
                 return state
             damaged.append(self._move_aside(directory))
-            if cluster.is_primary():
+            if distributed.is_primary():
                 log.warning(
                     "warning: checkpoint %d cannot be read and was moved to %s; falling back to "
                     "the one before it (%s)",
@@ -173,11 +173,11 @@ class Checkpoints:
     def _move_aside(self, directory: pathlib.Path) -> pathlib.Path:
         self._manager.close()
         target = self._workdir / _CORRUPT / directory.name
-        if cluster.is_primary():
+        if distributed.is_primary():
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             directory.rename(target)
-        cluster.gather("")  # the others open the folder again once it is done
+        distributed.gather("")  # the others open the folder again once it is done
         self._manager = self._open()
         return target
 

@@ -23,14 +23,14 @@ from clu import metric_writers, parameter_overview
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spvit_jax import atomic
+from spvit_jax import atomic, distributed
 from spvit_jax import config as config_lib
 from spvit_jax.errors import writing
 from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import cluster, sharding
+from spvit_jax.training import sharding
 from spvit_jax.training.state import Metrics, TrainState, means
 
 
@@ -92,11 +92,11 @@ class Reporter:
         self._total_steps = total_steps
         self._start_step = start_step
         self._stack = contextlib.ExitStack()
-        if cluster.is_primary():
+        if distributed.is_primary():
             _forget_after(self._path, start_step)
 
     def __enter__(self) -> Self:
-        writes = cluster.is_primary()
+        writes = distributed.is_primary()
         path = self._path if writes else pathlib.Path(os.devnull)
         with writing(path):
             self._records = self._stack.enter_context(path.open("a"))
@@ -159,7 +159,7 @@ class Reporter:
         with writing(self._path):
             self._records.write(json.dumps({"step": step, **named}) + "\n")
             self._records.flush()
-            if cluster.is_primary():
+            if distributed.is_primary():
                 os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
         self._writer.write_scalars(step, named)
 

@@ -130,7 +130,7 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
     return map_named(place, state)
 
 
-def plan(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
+def abstract(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
     """Returns what `create` would make, as shapes with shardings, and the shardings alone."""
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, mesh, preset)

@@ -12,9 +12,9 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from spvit_jax.data import mix
-from spvit_jax.data.mix import BatchTransform
-from spvit_jax.data.token_labels.align import align
+from spvit_jax.augment import mix
+from spvit_jax.augment.label_maps import align
+from spvit_jax.augment.mix import BatchTransform
 from spvit_jax.models import Model, Outputs
 from spvit_jax.models.spatial import Grid
 from spvit_jax.training import losses

@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from spvit_jax.data import datasets, folders, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform, WholeTransform
+from spvit_jax.data.crops import EvalTransform, TrainTransform, WholeTransform
 from spvit_jax.errors import InputError
-from tests.data.archives import photograph
+from tests.helpers.archives import photograph
 
 PICTURE = Image.fromarray(load_sample_image("flower.jpg")[100:140, 200:250])
 

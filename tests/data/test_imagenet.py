@@ -18,8 +18,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 from spvit_jax.data import datasets, imagenet, prepare
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
-from tests.conftest import REPOSITORY
-from tests.data import archives
+from tests.helpers import REPOSITORY, archives
 
 SHARDS = 5
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.augment import EvalTransform, TrainTransform
+from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.data.pipeline import Share
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError

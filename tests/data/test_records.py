@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from spvit_jax.data import datasets, prepare, records
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
-from tests.data import archives
+from tests.helpers import archives
 
 SHARDS = 3
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from spvit_jax.data import datasets, pipeline, randaugment
-from spvit_jax.data.augment import TrainTransform
-from spvit_jax.data.mix import BatchTransform, mix_tokens, partners
-from spvit_jax.data.randaugment import RandAugment
-from spvit_jax.data.token_labels.align import align, roi_align, scatter
+from spvit_jax.augment import randaugment
+from spvit_jax.augment.label_maps import align, roi_align, scatter
+from spvit_jax.augment.mix import BatchTransform, mix_tokens, partners
+from spvit_jax.augment.randaugment import RandAugment
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.token_labels.store import LabelMaps, write
 from spvit_jax.errors import InputError
 

@@ -14,9 +14,9 @@ import torch
 from spvit_jax.interop import files, to_ours
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import map_named
-from tests.interop.photographs import photographs
-from tests.interop.torch_models import TorchViT, build_timm, randomise
-from tests.models.weights import abstract_variables, run
+from tests.helpers.photographs import photographs
+from tests.helpers.torch_models import TorchViT, build_timm, randomise
+from tests.helpers.variables import abstract_variables, run
 
 pytestmark = pytest.mark.usefixtures("optimized")  # rounding is what is measured here
 

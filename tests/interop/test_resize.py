@@ -14,7 +14,7 @@ from spvit_jax.interop.files import as_arrays
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import shapes_of
 from spvit_jax.models.resize import adapt, resize_offset_table, resize_positions
-from tests.interop.torch_models import TorchViT, build_timm, randomise
+from tests.helpers.torch_models import TorchViT, build_timm, randomise
 
 
 def torch_bicubic(image, size):

@@ -10,7 +10,7 @@ from spvit_jax.interop import DIALECTS, to_ours, to_theirs
 from spvit_jax.interop.files import as_arrays
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import shapes_of
-from tests.interop.torch_models import TorchViT, build_timm, randomise
+from tests.helpers.torch_models import TorchViT, build_timm, randomise
 
 VIT = {"depth": 3, "dim": 24, "num_heads": 3, "image_size": 48, "num_classes": 7}
 STEM = VIT | {"stem_width": 8}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 SETTINGS = {
     "PROJECT": "my-project",

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spvit_jax.models.attention import attention, attention_weights
-from tests.models import reference
+from tests.helpers import numpy_models
 
 
 def inputs(dtype=jnp.float32):
@@ -18,7 +18,7 @@ def test_attention_equals_the_equation():
     rng = np.random.default_rng(0)
     gain, bias = rng.normal(size=(3, 9, 9)), rng.normal(size=(3, 9, 9))
     scores = np.einsum("bnhd,bmhd->bhnm", *(np.asarray(x, np.float64) for x in (q, k))) / 8**0.5
-    expected = np.einsum("bhnm,bmhd->bnhd", reference.softmax(gain * scores + bias), v)
+    expected = np.einsum("bhnm,bmhd->bnhd", numpy_models.softmax(gain * scores + bias), v)
     out = attention(q, k, v, jnp.asarray(gain, jnp.float32), jnp.asarray(bias, jnp.float32))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 

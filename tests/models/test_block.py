@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from spvit_jax.models.naming import map_named
-from tests.interop.torch_models import build_timm
-from tests.models.weights import random_variables
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
+from tests.helpers.torch_models import build_timm
+from tests.helpers.variables import random_variables
 
 RATE = 0.6
 # The model here, and timm's, whose rates are the yardstick.

@@ -9,8 +9,8 @@ from flax import nnx
 from spvit_jax.models.attention import Attention
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.spatial import LocalityMask
-from tests.models import reference
-from tests.models.weights import random_variables, run
+from tests.helpers import numpy_models
+from tests.helpers.variables import random_variables, run
 
 
 @pytest.mark.parametrize("kind", [None, "soft", "hard"])
@@ -32,16 +32,16 @@ def test_talking_heads_mix_scores_then_weights_and_masks_act_between(kind):
         nnx.update(module, state)
         x = rng.normal(size=(2, 15, dim))
         p = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
-        q, k, v = np.split(reference.linear(x, p, "qkv"), 3, -1)
+        q, k, v = np.split(numpy_models.linear(x, p, "qkv"), 3, -1)
         split = [part.reshape(2, 15, heads, 4).transpose(0, 2, 1, 3) for part in (q, k, v)]
         scores = split[0] @ split[1].transpose(0, 1, 3, 2) / 2
         mixed = sum(scores[:, [h]] * p["mix_scores/kernel"][h][:, None, None] for h in range(heads))
         mixed = mixed + p["mix_scores/bias"][:, None, None]
-        near = reference.neighbourhood(grid, (1, 1), 0)
+        near = numpy_models.neighbourhood(grid, (1, 1), 0)
         if mask:
             far = 0.0 if kind == "soft" else -np.inf
             mixed[:, :2] = np.where(near, mixed[:, :2], far)
-        weights = reference.softmax(mixed)
+        weights = numpy_models.softmax(mixed)
         if kind == "hard":
             assert (weights[:, :2][:, :, ~near] == 0).all()
         weights = sum(
@@ -50,7 +50,7 @@ def test_talking_heads_mix_scores_then_weights_and_masks_act_between(kind):
         weights = weights + p["mix_weights/bias"][:, None, None]
         np.testing.assert_allclose(module.weights(jnp.asarray(x), grid), weights, atol=1e-12)
         out = (weights @ split[2]).transpose(0, 2, 1, 3).reshape(2, 15, dim)
-        expected = reference.linear(out, p, "proj")
+        expected = numpy_models.linear(out, p, "proj")
         np.testing.assert_allclose(module(jnp.asarray(x), grid), expected, atol=1e-12)
 
 

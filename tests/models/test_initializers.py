@@ -10,7 +10,7 @@ from spvit_jax.interop import to_ours
 from spvit_jax.interop.files import as_arrays
 from spvit_jax.models import model_config
 from spvit_jax.models.naming import arrays_of
-from tests.interop.torch_models import TorchViT, build_timm
+from tests.helpers.torch_models import TorchViT, build_timm
 
 
 def assert_same_distributions(ours, theirs):

@@ -8,7 +8,7 @@ import pytest
 from spvit_jax.models.complexity import macs_of
 from spvit_jax.models.loop import Run, find_runs
 from spvit_jax.models.naming import named_leaves
-from tests.models.weights import random_variables
+from tests.helpers.variables import random_variables
 
 SMALL = {"image_size": 32, "patch_size": 4, "dim": 12, "num_heads": 3, "num_classes": 5}
 MODELS = {

@@ -13,16 +13,10 @@ import pytest
 from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.models import (
-    create_model,
-    evaluation_protocol,
-    from_dict,
-    list_models,
-    model_config,
-)
+from spvit_jax.models import create_model, evaluation_protocol, from_dict, list_models, model_config
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.initializers import CountedRngs
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
 
 # Model: parameters and GMACs at 224, the same at 384 (where they are known).
 COUNTS = {

@@ -8,8 +8,8 @@ from flax import nnx
 
 from spvit_jax.errors import InputError
 from spvit_jax.models.spatial import LocalityMask, SpatialPrior, offsets, toeplitz
-from tests.models import reference
-from tests.models.weights import random_variables
+from tests.helpers import numpy_models
+from tests.helpers.variables import random_variables
 
 GRIDS = [(14, 14), (15, 15), (10, 16)]
 
@@ -31,7 +31,7 @@ def weights(prior):
 @pytest.mark.parametrize("extent", [None, 14])
 def test_gain_equals_the_pairwise_definition(grid, extent):
     prior = random_prior(extent=extent)
-    expected = reference.pairwise_gain(*weights(prior), grid, extent)
+    expected = numpy_models.pairwise_gain(*weights(prior), grid, extent)
     np.testing.assert_allclose(prior(grid), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -85,7 +85,7 @@ def test_prior_of_a_block_can_be_called_alone_on_any_grid():
 @pytest.mark.parametrize("num_prefix", [0, 2])
 def test_neighbourhood_equals_its_definition(grid, radius, num_prefix):
     mask = LocalityMask(1, radius)
-    expected = reference.neighbourhood(grid, radius, num_prefix)
+    expected = numpy_models.neighbourhood(grid, radius, num_prefix)
     np.testing.assert_array_equal(mask.neighbourhood(grid, num_prefix), expected)
 
 

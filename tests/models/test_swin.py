@@ -10,8 +10,8 @@ from spvit_jax.models.base import Tokens
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.spatial import LocalityMask
 from spvit_jax.models.swin import PatchMerging, WindowAttention
-from tests.models import reference
-from tests.models.weights import random_variables, run
+from tests.helpers import numpy_models
+from tests.helpers.variables import random_variables, run
 
 DIM, HEADS, WINDOW = 12, 3, 4
 
@@ -25,7 +25,7 @@ def expected_attention(x, p, grid, shift, mask):
     # What lies at each place: a patch of the image, or padding.
     patch = (y + shift[0]) % h * w + (x_ + shift[1]) % w
     is_patch = (y < h) & (x_ < w)
-    qkv = reference.linear(np.where(is_patch[:, None], x[:, patch], 0), p, "qkv")
+    qkv = numpy_models.linear(np.where(is_patch[:, None], x[:, patch], 0), p, "qkv")
 
     def region_of(position, size, step, moved):
         """A window's number, and whether the place is behind the seam."""
@@ -49,8 +49,8 @@ def expected_attention(x, p, grid, shift, mask):
         scores = np.where(together, scores + bias, -np.inf)
         if mask and head < mask.num_masked and mask.kind == "hard":
             scores = np.where(far, -np.inf, scores)
-        out[..., head * d : (head + 1) * d] = reference.softmax(scores) @ v
-    out = reference.linear(out, p, "proj")
+        out[..., head * d : (head + 1) * d] = numpy_models.softmax(scores) @ v
+    out = numpy_models.linear(out, p, "proj")
     result = np.empty_like(x)
     result[:, patch[is_patch]] = out[:, is_patch]
     return result

@@ -10,8 +10,8 @@ from flax import nnx
 from spvit_jax.errors import InputError
 from spvit_jax.models import layers as layers_lib
 from spvit_jax.models.naming import named_leaves
-from tests.models import reference
-from tests.models.weights import random_variables, run
+from tests.helpers import numpy_models
+from tests.helpers.variables import random_variables, run
 
 SMALL = {"image_size": (40, 64), "patch_size": 4, "dim": 24, "num_heads": 3, "num_classes": 7}
 IMAGES = jax.random.normal(jax.random.key(1), (2, 40, 64, 3))
@@ -57,7 +57,7 @@ def largest_difference(name, overrides):
         ours = np.asarray(run(variables, jnp.asarray(images)))
         params = {k: np.asarray(v) for k, v in named_leaves(variables.params).items()}
         stats = {k: np.asarray(v) for k, v in named_leaves(variables.stats).items()}
-        theirs = reference.logits(images, params, stats, variables.model().config)
+        theirs = numpy_models.logits(images, params, stats, variables.model().config)
     return abs(ours - theirs).max() / theirs.std()
 
 

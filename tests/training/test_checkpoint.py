@@ -10,7 +10,7 @@ import pytest
 from spvit_jax.errors import WriteError
 from spvit_jax.models import model_config
 from spvit_jax.training.checkpoint import Checkpoints
-from tests.commands import newest_step, saved_arrays
+from tests.helpers.commands import newest_step, saved_arrays
 
 
 @contextlib.contextmanager

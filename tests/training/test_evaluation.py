@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spvit_jax.data.mix import BatchTransform
+from spvit_jax.augment.mix import BatchTransform
 from spvit_jax.training import sharding, step
 from spvit_jax.training.evaluation import evaluate
 

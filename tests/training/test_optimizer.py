@@ -10,8 +10,8 @@ from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import optimizer
-from tests.models.weights import random_variables
-from tests.yardstick import timm
+from tests.helpers.timm_reference import timm
+from tests.helpers.variables import random_variables
 
 
 def resolved(**changes):

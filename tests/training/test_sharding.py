@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from spvit_jax import plan
 from spvit_jax.config import base, resolve
 from spvit_jax.data.pipeline import Share
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.tpu import present
-from spvit_jax.tpu.account import DataFacts, plan
-from spvit_jax.tpu.chips import CHIPS, Topology
+from spvit_jax.preflight import report as preflight_report
+from spvit_jax.preflight.topology import CHIPS, Topology
 from spvit_jax.training import report, sharding
 from spvit_jax.training.optimizer import make_optimizer
-from tests.test_config import digits
+from spvit_jax.training.run import DataSize
+from tests.helpers.configs import digits
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_what_is_not_split_is_said_before_the_first_step(caplog):
     config.model.update({"depth": 1, "spatial_layers": 0, "dim": 36})
     config.mesh.fsdp = 8
     topology = Topology("v5e:2x4", CHIPS["v5e"], jax.devices(), hosts=2)
-    run = plan(config, topology, DataFacts(1297, 500, 10))
-    state = run.program.abstract
+    run = plan.training_run(config, DataSize(1297, 500, 10))
+    state = run.abstract
     split, rest = sharding.bytes_held(state, run.mesh)
     parts = [
         np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -151,7 +152,7 @@ def test_what_is_not_split_is_said_before_the_first_step(caplog):
     assert 8 * split + rest < whole < 8 * (split + rest)
 
     words = f"{split / 1e6:,.1f} split by 8, {rest / 1e6:,.1f} by less or not at all"
-    assert words in present.describe(run)
+    assert words in preflight_report.describe(run, topology)
     with caplog.at_level("INFO", "spvit_jax"):
         report.summarize(run.config, run.model, state, num_train=1297, num_eval=500, mesh=run.mesh)
     assert words in caplog.text

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from spvit_jax.data.mix import BatchTransform
-from spvit_jax.data.randaugment import RandAugment
+from spvit_jax.augment.mix import BatchTransform
+from spvit_jax.augment.randaugment import RandAugment
 from spvit_jax.models import model_config
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding, step
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.losses import Targets, classification_loss, hard_labels, smooth_labels
-from tests.models.weights import random_variables
+from tests.helpers.variables import random_variables
 
 SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "num_heads": 2}
 TRANSFORM = BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3)

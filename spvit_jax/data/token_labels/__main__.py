@@ -21,8 +21,9 @@ from tqdm import tqdm
 from spvit_jax import cli, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
-from spvit_jax.data import datasets, mix, pipeline
-from spvit_jax.data.augment import WholeTransform
+from spvit_jax.augment import mix
+from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.crops import WholeTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.token_labels.store import LabelMaps, write
 from spvit_jax.errors import InputError, nearest

@@ -1,0 +1,281 @@
+"""What the host does to one image: decoding, cropping, resizing, flipping.
+
+Everything random is drawn from a seed that is passed in, so that an example looks the same
+whenever and wherever it is read. TensorFlow decodes, which is faster; Pillow resizes, which is
+faster too, and gives the pixels that other people's recipes are trained and evaluated with. What
+is done to a whole batch is in `augment/`, on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection
+from typing import Self
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from spvit_jax import config as config_lib
+from spvit_jax.data.decode import decode_other
+from spvit_jax.data.tensorflow import tf
+from spvit_jax.errors import InputError, nearest
+
+Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width; int32
+
+_CROP_ATTEMPTS = 10  # torchvision's
+_EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
+_FLIP = Image.Transpose.FLIP_LEFT_RIGHT
+_CROP_MODES = ("center", "squash")
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """How a training image is made.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+      scale: range of the crop's share of the image's area; (1, 1) keeps the whole image.
+      ratio: range of the crop's width over its height.
+      flip: probability of a horizontal flip.
+      interpolation: "bilinear", "bicubic", or "random" for either with the same probability.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        """Raises an `InputError` if there is no such interpolation."""
+        _check_interpolation(self.interpolation, (*_FILTERS, "random"))
+
+    @classmethod
+    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
+        """Takes the transform out of a configuration; `size` is the model's."""
+        augment = config.augment
+        return cls(
+            size=size,
+            scale=tuple(augment.crop_scale),
+            ratio=tuple(augment.crop_ratio),
+            flip=augment.flip,
+            interpolation=augment.interpolation,
+        )
+
+    def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image and a seed int64 [2] to uint8 [height, width, 3]."""
+        return self.with_box(encoded, seed)[0]
+
+    def with_box(
+        self, encoded: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Says also what part of the image it is.
+
+        Returns:
+          The image uint8 [height, width, 3]; the crop's box float32 [4], (y0, x0, y1, x1) as
+          shares of the image's height and width; and bool [], whether it was flipped.
+        """
+        seeds = tf.random.experimental.stateless_split(seed, 3)
+        crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
+        image, box = self.crop(encoded, crop_seed)
+        flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
+        names = list(_FILTERS) if self.interpolation == "random" else [self.interpolation]
+        chosen = tf.random.stateless_uniform(
+            [], interpolation_seed, maxval=len(names), dtype=tf.int32
+        )
+        resample = tf.constant([_FILTERS[name].value for name in names])[chosen]
+        return _resize(image, self.size, resample, flipped), box, flipped
+
+    def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns a random crop uint8 [h, w, 3] in its own size, and its box as `with_box`."""
+        return _decode_crop(
+            encoded, lambda shape: random_crop_box(shape, seed, self.scale, self.ratio)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """How an evaluation image is made: resized, and its centre cropped, pixel for pixel as in timm.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+      crop: the share of the resized image's side that the centre crop keeps, in (0, 1].
+      interpolation: "bilinear" or "bicubic".
+      crop_mode: as timm's, "center" keeps the image's proportions, "squash" makes them the
+        result's.
+    """
+
+    size: tuple[int, int]
+    crop: float = 1.0
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        """Raises an `InputError` if there is no such crop, interpolation or crop mode."""
+        _check_interpolation(self.interpolation, _FILTERS)
+        if self.crop_mode not in _CROP_MODES:
+            known = nearest(self.crop_mode, _CROP_MODES)
+            raise InputError(f"unknown augment.eval_crop_mode {self.crop_mode!r}{known}")
+        if not 0 < self.crop <= 1:
+            raise InputError(
+                f"augment.eval_crop is {self.crop}; expected the share of the side that the crop "
+                "keeps, more than 0 and at most 1"
+            )
+
+    @classmethod
+    def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
+        """Takes the transform out of a configuration, which may leave it to the model.
+
+        Args:
+          config: as `spvit_jax.config.base`.
+          size: the model's.
+        """
+        return cls(size, *config_lib.evaluation_of(config, size))
+
+    def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image to uint8 [height, width, 3]."""
+        image = _decode(encoded)
+        resized = self._resized(tf.shape(image)[:2])
+        image = _resize(image, resized, _FILTERS[self.interpolation].value)
+        # Of an odd margin the half goes to the even side, as Python's `round` does in torchvision.
+        corner = tf.cast(tf.round((resized - self.size) / 2), tf.int32)
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(corner), *self.size)
+
+    def _resized(self, shape: tf.Tensor) -> tf.Tensor:
+        """Returns the size int32 [2] to which an image of a shape int32 [2] is resized."""
+        target = tuple(math.floor(side / self.crop) for side in self.size)
+        if self.crop_mode == "squash":
+            return tf.constant(target)
+        if target[0] == target[1]:  # torchvision's `Resize`
+            return target[0] * shape // tf.reduce_min(shape)
+        sides = tf.cast(shape, tf.float64)  # timm's `ResizeKeepRatio`
+        return tf.cast(tf.round(sides / tf.reduce_min(sides / target)), tf.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTransform:
+    """How a teacher sees an image: all of it, whatever that does to its proportions.
+
+    Attributes:
+      size: (height, width) of the result, in pixels.
+    """
+
+    size: tuple[int, int]
+
+    def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Maps an encoded image to uint8 [height, width, 3]."""
+        return _resize(_decode(encoded), self.size, _FILTERS["bicubic"].value)
+
+
+def random_crop_box(
+    shape: tf.Tensor,
+    seed: tf.Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Draws the box of a RandomResizedCrop (Inception's, with torchvision's distributions).
+
+    Args:
+      shape: int32 [2], the image's height and width.
+      seed: [2].
+      scale: range of the box's area as a share of the image's, drawn uniformly.
+      ratio: range of its width over its height, drawn uniformly in the logarithm.
+
+    Returns:
+      (top, left, height, width), int32 scalars. Of ten draws the first that fits is taken;
+      if none does, the largest centred box with an allowed ratio.
+    """
+    seeds = tf.random.experimental.stateless_split(seed, 4)
+    height, width = tf.unstack(tf.cast(shape, tf.float32))
+    area = height * width * tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[0], *scale)
+    log_ratio = tf.math.log(tf.constant(ratio, tf.float32))
+    aspect = tf.exp(tf.random.stateless_uniform([_CROP_ATTEMPTS], seeds[1], *tf.unstack(log_ratio)))
+
+    # The fallback is appended as a last draw, which always fits.
+    whole = width / height
+    fallback_w = tf.where(whole > ratio[1], height * ratio[1], width)
+    fallback_h = tf.where(whole < ratio[0], width / ratio[0], height)
+    box_w = tf.round(tf.concat([tf.sqrt(area * aspect), [fallback_w]], 0))
+    box_h = tf.round(tf.concat([tf.sqrt(area / aspect), [fallback_h]], 0))
+    fits = (box_w > 0) & (box_w <= width) & (box_h > 0) & (box_h <= height)
+    fits = tf.concat([fits[:-1], [True]], 0)
+    chosen = tf.argmax(fits)  # the first that is true
+    box_h, box_w = box_h[chosen], box_w[chosen]
+
+    spare_h, spare_w = height - box_h, width - box_w
+    random_top = tf.floor(tf.random.stateless_uniform([], seeds[2]) * (spare_h + 1))
+    random_left = tf.floor(tf.random.stateless_uniform([], seeds[3]) * (spare_w + 1))
+    is_fallback = chosen == _CROP_ATTEMPTS
+    top = tf.where(is_fallback, tf.floor(spare_h / 2), tf.minimum(random_top, spare_h))
+    left = tf.where(is_fallback, tf.floor(spare_w / 2), tf.minimum(random_left, spare_w))
+    as_int = [tf.cast(value, tf.int32) for value in (top, left, box_h, box_w)]
+    return as_int[0], as_int[1], as_int[2], as_int[3]
+
+
+def _check_interpolation(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise InputError(f"unknown interpolation {name!r}{nearest(name, known)}")
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes any image format to uint8 [height, width, 3]; grey images become RGB."""
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_EXACT),
+        lambda: decode_other(encoded),
+    )
+
+
+def _decode_crop(
+    encoded: tf.Tensor, draw_box: Callable[[tf.Tensor], Box]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes a part of an image; of a JPEG, nothing else is decoded.
+
+    Args:
+      encoded: of any format.
+      draw_box: from the image's (height, width) int32 [2] to the part.
+
+    Returns:
+      The part uint8 [height, width, 3]; and where it lies, (y0, x0, y1, x1) float32 [4] as shares
+      of the image's height and width.
+    """
+
+    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
+        shape = tf.io.extract_jpeg_shape(encoded)[:2]
+        box = tf.stack(draw_box(shape))
+        image = tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_EXACT)
+        return image, share(box, shape)
+
+    def other() -> tuple[tf.Tensor, tf.Tensor]:
+        image = decode_other(encoded)
+        shape = tf.shape(image)[:2]
+        box = tf.stack(draw_box(shape))
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(box)), share(box, shape)
+
+    def share(box: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
+        corners = tf.concat([box[:2], box[:2] + box[2:]], 0)
+        return tf.cast(corners / tf.concat([shape, shape], 0), tf.float32)
+
+    return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
+
+
+def _resize(
+    image: tf.Tensor,
+    size: tf.Tensor | tuple[int, int],
+    resample: tf.Tensor | int,
+    flipped: tf.Tensor | bool = False,
+) -> tf.Tensor:
+    """Resizes an image uint8 [h, w, 3] by one of Pillow's filters, and flips it if asked to."""
+
+    def resize(image: np.ndarray, size: np.ndarray, resample: int, flipped: bool) -> np.ndarray:
+        height, width = size.tolist()
+        resized = Image.fromarray(image).resize((width, height), int(resample))
+        return np.asarray(resized.transpose(_FLIP) if flipped else resized)
+
+    inputs = [image, tf.cast(size, tf.int32), resample, flipped]
+    resized = tf.numpy_function(resize, inputs, tf.uint8, stateful=False)
+    known = size if isinstance(size, tuple) else (None, None)
+    return tf.ensure_shape(resized, (*known, 3))

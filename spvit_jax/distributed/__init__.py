@@ -1,0 +1,25 @@
+"""Several processes that train as one: joining, agreeing, failing together, preemption, versions.
+
+Without a cluster, everything here holds for the one process there is.
+"""
+
+from spvit_jax.distributed.agreement import agree, check_shared
+from spvit_jax.distributed.coordination import broadcast, gather, is_formed, is_primary
+from spvit_jax.distributed.join import Address, connect, is_pod, joined
+from spvit_jax.distributed.preemption import Interrupt
+from spvit_jax.distributed.versions import code_version
+
+__all__ = [
+    "Address",
+    "Interrupt",
+    "agree",
+    "broadcast",
+    "check_shared",
+    "code_version",
+    "connect",
+    "gather",
+    "is_formed",
+    "is_pod",
+    "is_primary",
+    "joined",
+]

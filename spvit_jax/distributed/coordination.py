@@ -1,0 +1,76 @@
+"""Short texts between the processes of a cluster: JAX's key-value store.
+
+It needs no device and no compilation; arrays are JAX's business. The service runs in process 0, the
+coordinator. This is the only file that reaches into JAX's private modules: there is no public way
+to that store. Without a cluster, everything here holds for the one process there is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed
+
+PREFIX = "spvit_jax"  # of all keys
+_PATIENCE = 60  # seconds until the processes that are waited for are named
+
+_rounds = itertools.count()
+
+
+def is_formed() -> bool:
+    """Returns whether this process is part of a cluster."""
+    return jax.distributed.is_initialized()
+
+
+def is_primary() -> bool:
+    """Returns whether this is process 0, the one that writes what only one should."""
+    return rank_and_size()[0] == 0
+
+
+def gather(text: str) -> list[str]:
+    """Returns the texts of all processes, in their order; all must call it equally often."""
+    client = store()
+    if client is None:
+        return [text]
+    key, (rank, size) = f"{PREFIX}/{next(_rounds)}", rank_and_size()
+    client.key_value_set(f"{key}/{rank}", text)
+    if rank == 0:  # one reads all and the others one, rather than all reading all
+        texts = [_wait_for(f"{key}/{other}", other) for other in range(size)]
+        client.key_value_set(f"{key}/all", json.dumps(texts))
+    return json.loads(_wait_for(f"{key}/all", 0))
+
+
+def broadcast(text: str) -> str:
+    """Returns process 0's text; all processes must call it equally often."""
+    return gather(text if is_primary() else "")[0]
+
+
+def store() -> Any:
+    """Returns the client of the key-value store; None without a cluster."""
+    return jax_distributed.global_state.client
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Returns which process this is of how many; touches no device, as `jax.process_index` does."""
+    return jax_distributed.global_state.process_id, jax_distributed.global_state.num_processes
+
+
+def say(line: str) -> None:
+    """Writes a line to the standard error in one piece, so that processes do not mix theirs."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _wait_for(key: str, process: int) -> str:
+    """Returns the text under a key, and says now and then which process has not given it yet."""
+    while True:
+        try:
+            return store().blocking_key_value_get(key, _PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            say(f"cluster         process {rank_and_size()[0]} waits for process {process}")

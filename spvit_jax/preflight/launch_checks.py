@@ -1,0 +1,175 @@
+"""What a launch needs beside a program: data, label maps, weights to start from, a workdir.
+
+Each is looked at in seconds, with the code that training uses, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from spvit_jax import config as config_lib
+from spvit_jax import weights
+from spvit_jax.classes import ClassNames
+from spvit_jax.data import datasets, sources
+from spvit_jax.data.token_labels.store import LabelMaps
+from spvit_jax.errors import InputError
+from spvit_jax.models import ModelConfig
+from spvit_jax.training import checkpoint
+from spvit_jax.training.run import DataSize, TrainingRun
+
+T = TypeVar("T")
+
+OK, ABSENT, WRONG = "ok", "not here", "wrong"
+# Of ImageNet-1K, by the name of the split: what a run can be planned with where the data is not.
+_IMAGENET = {"train": 1_281_167, "validation": 50_000}
+_PUBLISHED_LABEL_MAP = (5, 18, 18)  # of the token labels that LV-ViT's authors made
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+      what: it is.
+      state: `OK`, `WRONG`, or `ABSENT` for data that is not on this machine but known.
+      words: what was found.
+    """
+
+    what: str
+    state: str
+    words: str
+
+
+class _ImageNet:
+    """ImageNet-1K by its numbers alone, where the data are not; a `Source` to be counted."""
+
+    several_labels = False
+
+    def __init__(self, split: str, class_names: ClassNames):
+        self.class_names, self.num_classes = class_names, len(class_names)
+        self._size = _IMAGENET[split]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+    def labels(self) -> np.ndarray:
+        """Returns labels that are as even over the classes as the real ones nearly are."""
+        return np.arange(self._size) % self.num_classes
+
+
+def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
+    """Counts the data that a configuration names.
+
+    Raises:
+      InputError: it is neither on this machine nor known, so that no run can be planned.
+    """
+    data = config.data
+    splits = {data.train_split, data.eval_split} - {datasets.MINIVAL}
+    folder = data.dataset.startswith("folder:")
+    whole: Any
+    builder = None if folder else sources.builder_of(data.dataset, data.data_dir)
+    if builder is None or builder.is_prepared():
+        whole = datasets.load(data.dataset, data.train_split, data.data_dir)
+        evaluated = datasets.for_evaluation(data, data.eval_split)
+        num_eval = len(datasets.numbered(evaluated, whole.class_names, "the training data"))
+        state, words = OK, data.dataset if folder else f"{data.dataset} in {data.data_dir}"
+    elif data.dataset == "imagenet2012" and splits <= set(_IMAGENET):
+        whole = _ImageNet(data.train_split, tuple(builder.info.features["label"].names))
+        num_eval = _IMAGENET.get(data.eval_split, 0)
+        state, words = ABSENT, f"no {data.dataset} in {data.data_dir}; planned with"
+    else:
+        raise InputError(
+            f"data set {data.dataset!r} is not in {data.data_dir}, so that its examples cannot be "
+            "counted; prepare it there first (training does), or set config.data.data_dir"
+        )
+    num_train = len(datasets.for_training(whole, data, seed=config.seed))
+    if state == ABSENT and data.eval_split == datasets.MINIVAL:
+        num_eval = len(datasets.held_out(whole, data))
+    words = f"{words}: {num_train:,} to train on, {num_eval:,} to evaluate on"
+    checks, label_map = [Check("data", state, words)], None
+    if config.token_labels.path:
+        label_map, check = _check(
+            "token labels", lambda: _label_maps(config, len(whole), whole.class_names)
+        )
+        label_map = label_map or _PUBLISHED_LABEL_MAP
+        checks.append(check)
+    return DataSize(num_train, num_eval, whole.num_classes, label_map, whole.class_names), checks
+
+
+def check_teacher(config: ConfigDict) -> ModelConfig | None:
+    """Returns the model that a distilled one learns from, at the student's resolution, if any.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    if not config.distill.teacher:
+        return None
+    student = config_lib.model_settings(config, num_classes=1)
+    found = weights.find(pathlib.Path(config.distill.teacher), None)
+    return dataclasses.replace(found.config, image_size=student.image_shape)
+
+
+def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
+    """Looks at the workdir and at the weights that a run starts from."""
+    checks = []
+    if workdir is not None:
+        checks.append(_check("workdir", lambda: _workdir(run, workdir))[1])
+    if run.config.init_from:
+        checks.append(_check("init_from", lambda: _init_from(run))[1])
+    return checks
+
+
+def _check(what: str, look: Callable[[], tuple[T, str]]) -> tuple[T | None, Check]:
+    try:
+        value, words = look()
+    except InputError as error:
+        return None, Check(what, WRONG, str(error))
+    return value, Check(what, OK, words)
+
+
+def _label_maps(
+    config: ConfigDict, num_examples: int, class_names: ClassNames
+) -> tuple[tuple[int, int, int], str]:
+    maps = LabelMaps(pathlib.Path(config.token_labels.path))
+    maps.check(num_examples, class_names)
+    return maps.shape, f"{config.token_labels.path}, {len(maps):,} maps"
+
+
+def _init_from(run: TrainingRun) -> tuple[None, str]:
+    found = weights.find(pathlib.Path(run.config.init_from), run.model)
+    found.check(run.model, new_head=run.config.init_new_head, class_names=run.data.class_names)
+    return None, f"{found.where} fits {run.config.model.name}"
+
+
+def _workdir(run: TrainingRun, workdir: pathlib.Path) -> tuple[None, str]:
+    """Checks that a workdir can be written to, is not another run's, and has room."""
+    in_use = checkpoint.newest(workdir) is not None
+    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
+    parent = next(
+        path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists()
+    )
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written to: {error}") from error
+    kept = run.config.checkpoint.keep_last + run.config.checkpoint.keep_best + 1
+    needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract))
+    free = shutil.disk_usage(parent).free
+    words = f"{kept} checkpoints take {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free"
+    if needed > free:
+        raise InputError(f"{workdir} has no room: {words}")
+    return None, f"{workdir} can be written to; {words}"

@@ -1,0 +1,186 @@
+"""What to change so that a run fits its chips: candidates by their likely cost, each compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from spvit_jax.errors import InputError
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.preflight.compile import EVAL_STEP, TRAIN_STEP, DoesNotFitError
+from spvit_jax.preflight.roofline import CompiledRun, compile_run
+from spvit_jax.preflight.topology import GIB, Chip, Topology
+from spvit_jax.training import sharding
+from spvit_jax.training.run import TrainingRun
+
+Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
+Replan = Callable[[Changes], TrainingRun]
+_TRIES = 9  # compilations at most
+# Share of the temporaries that is left when blocks are recomputed; a guess, for the order alone.
+_LEFT_BY_REMAT = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A configuration that was compiled.
+
+    Attributes:
+      changes: what is different.
+      compiled: its steps; None where it does not fit.
+      needed: bytes of HBM per chip; None where no program can be made of it.
+      reason: why it cannot be run.
+      too_large: the step that does not fit, if that is why.
+    """
+
+    changes: Changes
+    compiled: CompiledRun | None
+    needed: float | None
+    reason: str = ""
+    too_large: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be run."""
+        return self.needed is not None and self.too_large is None
+
+
+def compile_trial(replan: Replan, topology: Topology, changes: Changes) -> Trial:
+    """Compiles what a run becomes with changes, which may fail."""
+    try:
+        compiled = compile_run(replan(changes), topology)
+    except DoesNotFitError as error:
+        return Trial(changes, None, error.needed, str(error), error.step)
+    except InputError as error:
+        return Trial(changes, None, None, str(error))
+    reason = (
+        "" if compiled.fits else f"the {compiled.too_large} needs {compiled.needed / GIB:.2f} GiB"
+    )
+    return Trial(changes, compiled, compiled.needed, reason, compiled.too_large)
+
+
+def search(
+    run: TrainingRun,
+    topology: Topology,
+    replan: Replan,
+    failed: Trial,
+    *,
+    ways: int,
+    report: Callable[[Trial], None],
+) -> list[Trial]:
+    """Finds ways to make a run fit, the fastest first.
+
+    Where it is the evaluation that does not fit, it is tried again with smaller batches of it.
+
+    Args:
+      run: that does not fit.
+      topology: which it does not fit.
+      replan: from changes of its configuration to the run that they make of it.
+      failed: the trial of it as it is.
+      ways: how many to look for.
+      report: is told of each trial.
+
+    Returns:
+      At most so many that fit, each compiled; there may be none.
+    """
+    options: Iterator[Changes] = iter(())
+    if failed.needed is not None and failed.too_large == TRAIN_STEP:
+        options = candidates(run, topology.chip, failed.needed)
+    found: list[Trial] = []
+    trial, changes, evaluation = failed, Changes(), Changes()
+    for _ in range(_TRIES):
+        smaller = _smaller_evaluation(run, topology.chip, trial)
+        if smaller is not None:
+            evaluation = {"data.eval_batch_size": smaller}
+        elif (option := next(options, None)) is not None:
+            changes = option
+        else:
+            break
+        trial = compile_trial(replan, topology, changes | evaluation)
+        report(trial)
+        if trial.fits:
+            found.append(trial)
+        if len(found) == ways:
+            break
+    return sorted(found, key=lambda trial: trial.compiled.roofline.seconds if trial.compiled else 0)
+
+
+def candidates(run: TrainingRun, chip: Chip, needed: float) -> Iterator[Changes]:
+    """Yields changes that may make a run fit, those that cost little first.
+
+    Recomputing blocks costs a third more operations; splitting parameters costs communication;
+    micro-batches cost nothing but small matrices, and where parameters are split communicate for
+    each. Several at once come last. What cannot be enough by far is left out.
+    """
+    usable = chip.usable_hbm
+    chips, parts = run.mesh.size, run.config.optim.accumulate
+    fsdp, is_split = run.config.mesh.fsdp, run.config.mesh.sharding == "fsdp"
+    state = _state_bytes(run)
+    rest = max(needed - state, 0)
+    accumulations = [
+        count
+        for count in range(parts + 1, run.config.data.batch_size // chips + 1)
+        if run.config.data.batch_size % (chips * count) == 0
+    ]
+    splits = [count for count in range(fsdp + 1, chips + 1) if chips % count == 0]
+    remats = [False] if run.model.remat else [False, True]
+    estimates = []
+    for remat, count, split in itertools.product(remats, [parts, *accumulations], [fsdp, *splits]):
+        changes: Changes = {}
+        if remat:
+            changes["model.remat"] = True
+        if count != parts:
+            changes["optim.accumulate"] = count
+        if split != fsdp:
+            changes["mesh.fsdp"] = split
+            if run.config.mesh.data != -1:
+                changes["mesh.data"] = -1
+            if not is_split:
+                changes["mesh.sharding"] = "fsdp"
+        estimate = state * fsdp / split
+        estimate += rest * parts / count * (_LEFT_BY_REMAT if remat else 1)
+        if changes and estimate <= usable:
+            estimates.append(((len(_kinds(changes)), count, remat, split), changes))
+    # Of each combination of kinds the mildest first, and one stronger in case it is not enough.
+    ranked = sorted(estimates, key=lambda pair: pair[0])
+    by_kind: dict[frozenset[str], list[Changes]] = {}
+    for _, changes in ranked:
+        by_kind.setdefault(_kinds(changes), []).append(changes)
+    for rank in range(2):
+        for same in by_kind.values():
+            if len(same) > rank:
+                yield same[rank]
+
+
+def _smaller_evaluation(run: TrainingRun, chip: Chip, trial: Trial) -> int | None:
+    """Returns the largest batch of evaluation that may fit, if that of a trial does not."""
+    if trial.too_large != EVAL_STEP or trial.needed is None:
+        return None
+    fsdp = run.config.mesh.fsdp
+    state = _state_bytes(run) * fsdp / trial.changes.get("mesh.fsdp", fsdp)
+    tried = size = trial.changes.get("data.eval_batch_size", run.eval_batch_size)
+    while size > run.mesh.size:
+        size = sharding.round_up(size // 2, run.mesh)
+        if state + (trial.needed - state) * size / tried <= chip.usable_hbm:
+            return size
+    return None
+
+
+def _state_bytes(run: TrainingRun) -> int:
+    """Returns what a chip has of a run's state."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in named_leaves(run.abstract).values()
+    )
+
+
+def _kinds(changes: Changes) -> frozenset[str]:
+    return frozenset(changes) - {"mesh.sharding", "mesh.data"}
+
+
+def as_flags(changes: Changes) -> str:
+    """Returns changes as they are given on the command line."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items()) or "as it is"

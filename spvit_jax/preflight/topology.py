@@ -1,0 +1,142 @@
+"""What TPU chips can do, and which of them a name such as `v5e:16x16` stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from spvit_jax.errors import InputError, nearest
+from spvit_jax.training.sharding import slice_of
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one chip.
+
+    Attributes:
+      name: as the first part of a topology's name.
+      hbm: bytes of memory, by the documentation.
+      usable_hbm: bytes of it that the compiler gives to a program; the runtime keeps the rest.
+      hbm_bandwidth: bytes/s.
+      flops: bfloat16 operations/s, two per multiply-add.
+      ici_bandwidth: bytes/s that leave the chip over all its links to other chips together.
+      dcn_bandwidth: bytes/s that leave the chip for other slices, over the data center's network;
+        None where Google gives no figure.
+      shapes: of slices, in chips.
+      most_chips: in one slice; slices of cubes of 4×4×4 come in more shapes than `shapes`.
+      options: what the compiler must be told, so that one device is one chip.
+    """
+
+    name: str
+    hbm: float
+    usable_hbm: float
+    hbm_bandwidth: float
+    flops: float
+    ici_bandwidth: float
+    dcn_bandwidth: float | None
+    shapes: tuple[str, ...]
+    most_chips: int
+    options: tuple[tuple[str, str], ...] = ()
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+
+# From "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" in Google's documentation of Cloud TPU
+# (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p-training, /v6e), read in November 2026. ICI: half
+# of the "bidirectional bandwidth per chip"; for v4, which has none there, of six links of 50 GB/s
+# (arXiv 2304.01433). DCN: of v5p the figure per chip, 50 Gbit/s; of v5e and v6e that of a pod, 6.4
+# and 25.6 Tbit/s, over its 256 chips. Usable memory: what libtpu 0.0.42 names as available when a
+# program needs more.
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            *("v4", 32 * GIB, 30.75 * GIB, 1.2e12, 275e12, 300e9, None, _CUBIC, 4096),
+            (("chip_config_name", "megacore"),),
+        ),
+        Chip("v5e", 16 * GIB, 15.75 * GIB, 819e9, 197e12, 200e9, 3.125e9, _FLAT, 256),
+        Chip("v5p", 95 * GIB, 95.73 * GIB, 2765e9, 459e12, 600e9, 6.25e9, _CUBIC, 6144),
+        Chip("v6e", 32 * GIB, 31.24 * GIB, 1638e9, 918e12, 400e9, 12.5e9, _FLAT, 256),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips that are wired up.
+
+    Attributes:
+      name: such as `v5e:16x16`, or `2 slices of v5e:16x16`.
+      chip: what each of them is.
+      devices: descriptions of them, of which a mesh can be made.
+      hosts: how many machines they are in, as the compiler has it: four chips each.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[jax.Device]
+    hosts: int
+
+
+def get_topology(name: str, num_slices: int = 1) -> Topology:
+    """Returns what a topology's name stands for.
+
+    Args:
+      name: a chip and a shape in chips, such as `v5e:16x16` or `v5p:2x2x2`.
+      num_slices: how many such slices, between which there is the data center's network alone.
+
+    Raises:
+      InputError: there is no such topology.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        known = [f"{chip.name}:{shape}" for chip in CHIPS.values() for shape in chip.shapes]
+        raise InputError(
+            f"unknown topology {name!r}; expected one of {', '.join(CHIPS)} and a shape in chips"
+            + nearest(name, known)
+        )
+    chip = CHIPS[kind]
+    if shape not in chip.shapes and not _of_cubes(chip, shape):
+        closest = min(chip.shapes, key=lambda known: abs(_count(known) - _count(shape)))
+        raise InputError(
+            f"unknown topology {name!r}; {kind} comes in {', '.join(chip.shapes)}"
+            + (", and in more cubes of 4x4x4" if chip.shapes is _CUBIC else "")
+            + f"; did you mean '{kind}:{closest}'?"
+        )
+    if num_slices > 1 and chip.dcn_bandwidth is None:
+        raise InputError(
+            f"Google gives no bandwidth between slices of {kind}; plan one slice of it, or others: "
+            + ", ".join(other.name for other in CHIPS.values() if other.dcn_bandwidth is not None)
+        )
+    options: dict[str, Any] = dict(chip.options)
+    if _count(shape) == 1:  # a host has four chips otherwise
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=num_slices, **options
+    )
+    devices: list[Any] = list(described.devices)
+    hosts = len({(slice_of(device), device.process_index) for device in devices})
+    full_name = f"{num_slices} slices of {name}" if num_slices > 1 else name
+    return Topology(full_name, chip, devices, hosts)
+
+
+def _of_cubes(chip: Chip, shape: str) -> bool:
+    """Returns whether a shape is of whole cubes of 4×4×4 chips, and the chip comes in them."""
+    if chip.shapes is not _CUBIC or not re.fullmatch(r"\d+x\d+x\d+", shape):
+        return False
+    whole = all(int(side) % 4 == 0 for side in shape.split("x"))
+    return whole and 0 < _count(shape) <= chip.most_chips
+
+
+def _count(shape: str) -> int:
+    """Returns how many chips a shape asks for, whatever else its text says."""
+    return math.prod(int(side) for side in re.findall(r"\d+", shape))

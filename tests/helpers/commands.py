@@ -1,0 +1,90 @@
+"""The project's commands as a user starts them, and a model small enough to train in a test."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from tests.helpers import REPOSITORY
+
+CONFIG = "--config=configs/digits.py"
+# Small and quick, but with everything that has a state: drop path, BatchNorm, an average.
+SMALL = [
+    "--config.model.depth=2",
+    "--config.model.dim=24",
+    "--config.model.spatial_layers=1",
+    "--config.model.stem_width=8",
+    "--config.data.batch_size=16",
+    "--config.data.train_size=200",
+    "--config.schedule.total=120 steps",
+    "--config.schedule.warmup=10 steps",
+    "--config.log_every=7 steps",
+    "--config.eval_every=40 steps",
+    "--config.checkpoint.every=10 steps",
+]
+
+
+def command(name, *args):
+    return [sys.executable, "-m", f"spvit_jax.{name}", *map(str, args)]
+
+
+def run(environment, name, *args, check=True):
+    result = subprocess.run(
+        command(name, *args), cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def records_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(condition, process, seconds=240):
+    """Looks every millisecond; fails if the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def truncate_checkpoint(workdir, step):
+    """Cuts the two largest files of a checkpoint in half, as a full disk might."""
+    files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.stat().st_size)[-2:]:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def saved_arrays(workdir, step):
+    directory = workdir / "checkpoints" / str(step) / "default"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        # As NumPy's, whatever the devices were that it was saved from.
+        names = checkpointer.metadata(directory).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        tree = checkpointer.restore(directory, restore_args=kinds)
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_same_run(workdir, reference, step=120):
+    """Bit for bit: the last state, and the records of how it was reached."""
+    ours, theirs = saved_arrays(workdir, step), saved_arrays(reference, step)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("ema/") for name in ours)
+    assert any(name.startswith("opt_state/") for name in ours)
+    for name in ours:
+        assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
+    records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
+    assert records[0] == records[1]
+
+
+def newest_step(workdir):
+    folder = workdir / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
