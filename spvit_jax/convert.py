@@ -71,7 +71,7 @@ def convert(
         raise InputError(f"{output} exists; choose another --output or remove it")
     found = weights_lib.find(source, like, which=which, weights=weights)
     if like is not None:
-        check_adaptable(found.config, found.fit(like), found.where)
+        check_adaptable(found.config, found.adopt_layer_kinds(like), found.where)
     model = found.config
     if image_size is not None:
         model = dataclasses.replace(model, image_size=image_size)
@@ -139,8 +139,9 @@ def _describe(model: ModelConfig) -> str:
         f"{type(model).__name__.removesuffix('Config')} of {count_parameters(model):,} parameters, "
         f"{model.num_classes} classes, {'×'.join(map(str, model.image_shape))} pixels"
     )
-    if isinstance(model, ViTConfig) and model.late:
-        text += f", SP-SA in {model.spatial_layers} layers, class token from layer {model.late} on"
+    if isinstance(model, ViTConfig) and model.class_token_block:
+        first = model.class_token_block
+        text += f", SP-SA in {model.spatial_layers} layers, class token from layer {first} on"
     return text
 
 

@@ -28,7 +28,7 @@ from spvit_jax.data.crops import EvalTransform
 from spvit_jax.errors import writing
 from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
-from spvit_jax.training.step import Recipe, eval_step
+from spvit_jax.training.step import StepSettings, eval_step
 
 
 def evaluate_checkpoint(
@@ -67,18 +67,18 @@ def evaluate_checkpoint(
     found = weights_lib.find(path, like, which=which, weights=weights)
     source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    model_config = found.fit(model_config)
+    model_config = found.adopt_layer_kinds(model_config)
     found.check(model_config)
     variables = found.load(model_config, mesh, preset=config.mesh.sharding)
-    recipe = Recipe.of(config, num_classes=source.num_classes)
-    eval_fn = jax.jit(sharding.on_mesh(mesh, eval_step, recipe=recipe))
+    settings = StepSettings.of(config, num_classes=source.num_classes)
+    eval_fn = jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings))
 
     def batches() -> pipeline.BatchIterator:
         return pipeline.eval_batches(
             source,
             EvalTransform.of(config, model_config.image_shape),
             batch_size=sharding.round_up(data.eval_batch_size, mesh),
-            share=pipeline.Share(*sharding.local_parts(mesh)),
+            shard=pipeline.BatchShard(*sharding.local_parts(mesh)),
             threads=data.threads,
             max_unreadable=data.max_unreadable,
         )

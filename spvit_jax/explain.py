@@ -168,7 +168,7 @@ def explain(
     found = weights_lib.find(path, like, which=which, weights=weights)
     source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
     model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    model_config = found.fit(model_config)
+    model_config = found.adopt_layer_kinds(model_config)
     found.check(model_config)
     model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
 

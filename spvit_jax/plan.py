@@ -17,7 +17,7 @@ from spvit_jax.models import ModelConfig
 from spvit_jax.training import optimizer, sharding
 from spvit_jax.training import run as run_lib
 from spvit_jax.training.run import DataSize, TrainingRun
-from spvit_jax.training.step import Recipe
+from spvit_jax.training.step import StepSettings
 
 
 def check_names(config: ConfigDict) -> None:
@@ -62,7 +62,7 @@ def training_run(
             config[section][field] = value
     config = config_lib.resolve(config, num_examples=data.num_train)
     model = config_lib.model_settings(config, num_classes=data.num_classes)
-    settings = Recipe.of(
+    settings = StepSettings.of(
         config, num_classes=data.num_classes, grid=model.grid if data.label_map else None
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)

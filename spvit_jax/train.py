@@ -35,7 +35,7 @@ from spvit_jax.training import checkpoint, report, sharding
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
-from spvit_jax.training.step import Recipe
+from spvit_jax.training.step import StepSettings
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     # ── Configuration: durations become steps, and everything is checked ─────────────────────────
     config = config_lib.resolve(config, num_examples=len(train_source))
     model_config = config_lib.model_settings(config, num_classes=train_source.num_classes)
-    recipe = Recipe.of(
+    settings = StepSettings.of(
         config,
         num_classes=train_source.num_classes,
         grid=None if label_maps is None else model_config.grid,
@@ -83,9 +83,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     distributed.connect(mesh)
     batch_size, total_steps = config.data.batch_size, config.schedule.total
     eval_batch_size = sharding.round_up(config.data.eval_batch_size, mesh)
-    sharding.check_batch_size(batch_size, mesh, recipe.accumulate)
+    sharding.check_batch_size(batch_size, mesh, settings.accumulate)
     mix.check_group_size(config)
-    share = pipeline.Share(*sharding.local_parts(mesh))
+    share = pipeline.BatchShard(*sharding.local_parts(mesh))
     in_use = checkpoint.newest(workdir) is not None
     init_from = None
     if config.init_from and not in_use:
@@ -99,7 +99,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
     # ── Model, optimizer and steps ───────────────────────────────────────────────────────────────
     size = run_lib.DataSize(len(train_source), len(eval_source), train_source.num_classes)
-    run = run_lib.build(config, model_config, recipe, mesh, size)
+    run = run_lib.build(config, model_config, settings, mesh, size)
     root, abstract, shardings = run.root, run.abstract, run.shardings
     train_fn, eval_fn = run.train_step, run.eval_step
 
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         seed=config.seed,
         repeats=config.augment.repeats,
         label_maps=label_maps,
-        share=share,
+        shard=share,
         threads=config.data.threads,
         max_unreadable=config.data.max_unreadable,
     )
@@ -130,7 +130,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         eval_source,
         EvalTransform.of(config, model_config.image_shape),
         batch_size=eval_batch_size,
-        share=share,
+        shard=share,
         threads=config.data.threads,
         max_unreadable=config.data.max_unreadable,
     )
@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         num_eval=len(eval_source),
         mesh=mesh,
     )
-    if label_maps is None and recipe.dense_weight and getattr(model_config, "dense_head", False):
+    if label_maps is None and settings.dense_weight and getattr(model_config, "dense_head", False):
         log.warning(
             "warning: %s has a head for each patch and config.token_labels.path is not set: every "
             "patch learns the label of its image, and the papers' accuracy is not to be expected",

@@ -66,7 +66,7 @@ class Weights:
     missing_heads: frozenset[str] = frozenset()
     class_names: ClassNames | None = None
 
-    def fit(self, model: ModelConfig) -> ModelConfig:
+    def adopt_layer_kinds(self, model: ModelConfig) -> ModelConfig:
         """Returns the model with the kinds of layers that the weights have.
 
         SP-ViT's authors trained with several numbers of SP-SA layers, L with none.
@@ -102,7 +102,9 @@ class Weights:
                 class_names, "to begin with a new head, set config.init_new_head=True"
             )
         kinds = _kinds_of_layers(self.config)
-        if kinds is not None and _kinds_of_layers(self.fit(model)) != _kinds_of_layers(model):
+        if kinds is not None and _kinds_of_layers(
+            self.adopt_layer_kinds(model)
+        ) != _kinds_of_layers(model):
             raise InputError(
                 f"{self.where} has SP-SA in {kinds[0]} layers and the class token from layer "
                 f"{kinds[1]} on, which the model has not; set config.model.spatial_layers="
@@ -263,7 +265,7 @@ def load_torch(
     """
     source = source if isinstance(source, Mapping) else pathlib.Path(source)
     found = find(source, model.config, weights=weights)
-    config = found.fit(model.config)
+    config = found.adopt_layer_kinds(model.config)
     found.check(config, new_head=new_head)
     arrays = found.read(sharding.make_mesh(-1, 1), "replicated")
     adapted = adapt(arrays, found.config, config, found.where)
@@ -293,7 +295,7 @@ def find_fitting(
       InputError: as `find` and `Weights.check`.
     """
     found = find(path, model, which=which, weights=weights)
-    model = found.fit(model)
+    model = found.adopt_layer_kinds(model)
     found.check(model)
     return found, model
 
@@ -315,7 +317,7 @@ def arrays_of(variables: Variables) -> dict[str, Any]:
 
 def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
     """Returns how many layers have SP-SA, and which the class token enters; None for no ViT."""
-    return (model.spatial_layers, model.late) if isinstance(model, ViTConfig) else None
+    return (model.spatial_layers, model.class_token_block) if isinstance(model, ViTConfig) else None
 
 
 def _known(config: ModelConfig | None, where: object) -> ModelConfig:

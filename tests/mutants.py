@@ -118,8 +118,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the class token enters a layer early",
         "models/vit.py",
-        "return {self.config.late: self._prepend_prefix}",
-        "return {self.config.late - 1: self._prepend_prefix}",
+        "return {layer: self._prepend_prefix}",
+        "return {layer - 1: self._prepend_prefix}",
         "models/test_vit.py::test_logits_equal_the_reference",
     ),
     Mutant(
@@ -180,7 +180,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a teacher sees images without augmentation",
         "training/step.py",
         "teacher.model().outputs(images)",
-        'teacher.model().outputs(recipe.transform.normalize(batch["image"]))',
+        'teacher.model().outputs(settings.transform.normalize(batch["image"]))',
         "training/test_step.py::test_a_teacher_sees_what_its_student_sees",
     ),
     Mutant(
@@ -193,8 +193,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the average leaves BatchNorm's statistics out",
         "training/step.py",
-        "state.ema and optax.incremental_update(model, state.ema, 1 - recipe.ema)",
-        "optax.incremental_update(model, state.ema, 1 - recipe.ema).replace(stats=stats)",
+        "state.ema and optax.incremental_update(model, state.ema, 1 - settings.ema)",
+        "optax.incremental_update(model, state.ema, 1 - settings.ema).replace(stats=stats)",
         "training/test_step.py::test_average_covers_parameters_and_batchnorm_statistics",
     ),
     Mutant(

@@ -16,7 +16,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
 from spvit_jax.training import optimizer
-from spvit_jax.training.step import Recipe
+from spvit_jax.training.step import StepSettings
 from tests.helpers.configs import digits, load
 
 
@@ -177,7 +177,7 @@ def test_every_recipe_resolves_to_what_can_be_trained(name, arg):
     model = config_lib.model_settings(config, num_classes=1000)
     assert config.model.name.startswith(f"{name}_{arg.partition(',')[0]}")
     assert model.image_shape == ((384, 384) if "384" in arg else (224, 224))
-    transform = Recipe.of(config, num_classes=1000).transform
+    transform = StepSettings.of(config, num_classes=1000).transform
     assert transform.rand_augment.std == 0.5
     mix.check_group_size(config)
     assert transform.mix_group_size == config.augment.mix_group_size

@@ -157,8 +157,8 @@ def test_a_gradient_that_is_not_a_number_is_never_saved(data_dir, tmp_path, monk
     gradients = step._gradients
     poisoned = jax.random.key_data(step.key_for(jax.random.key(config.seed), "drop_path", 2))
 
-    def third_is_nan(model, images, targets, key, recipe):
-        grads, stats, metrics = gradients(model, images, targets, key, recipe)
+    def third_is_nan(model, images, targets, key, settings):
+        grads, stats, metrics = gradients(model, images, targets, key, settings)
         wrong = jnp.where((jax.random.key_data(key) == poisoned).all(), jnp.nan, 0)
         return jax.tree.map(lambda grad: grad + wrong, grads), stats, metrics
 
@@ -194,10 +194,10 @@ def test_logits_that_are_not_numbers_stop_an_evaluation(data_dir, tmp_path, monk
     meshes = []
     eval_step = step.eval_step
 
-    def broken(model, batch, recipe):
+    def broken(model, batch, settings):
         meshes.append(jax.sharding.get_abstract_mesh().axis_names)
         params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)
-        return eval_step(model.replace(params=params), batch, recipe=recipe)
+        return eval_step(model.replace(params=params), batch, settings=settings)
 
     monkeypatch.setattr("spvit_jax.training.program.eval_step", broken)
     monkeypatch.setattr("spvit_jax.evaluate.eval_step", broken)

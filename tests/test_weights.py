@@ -67,7 +67,10 @@ def test_load_torch_reads_the_kinds_of_layers(spatial_layers, caplog):
     module = randomise(TorchViT(source)).eval()
     model = create_model("spvit_m", **SPVIT, spatial_layers=2)
     load_torch(model, {"net": module.state_dict()})
-    assert (model.config.spatial_layers, model.config.late) == (spatial_layers, source.late)
+    assert (model.config.spatial_layers, model.config.class_token_block) == (
+        spatial_layers,
+        source.class_token_block,
+    )
     assert caplog.messages == [
         "note: the state dict: took net",
         "note: the kinds of the model's layers are now those of the state dict",

@@ -19,7 +19,7 @@ from spvit_jax.data.crops import EvalTransform, TrainTransform, WholeTransform
 from spvit_jax.data.sources import Source
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.data.token_labels.store import LabelMaps
-from spvit_jax.data.unreadable import Faults
+from spvit_jax.data.unreadable import UnreadableExamples
 from spvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -31,7 +31,7 @@ _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decode
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class BatchShard:
     """Which part of each global batch a process reads.
 
     Attributes:
@@ -82,7 +82,7 @@ class BatchIterator(Iterator[Batch]):
             except tf.errors.OpError as error:
                 self._iterator = None
                 failure = error.with_traceback(None)  # whose frames would keep the iterator alive
-            if not self._reader.mend(self._step):
+            if not self._reader.replace_unreadable(self._step):
                 raise failure
             self._iterator = self._reader.batches(self._step, self._stop)
         raise StopIteration
@@ -103,7 +103,7 @@ def train_batches(
     start_step: int = 0,
     repeats: int = 1,
     label_maps: LabelMaps | None = None,
-    share: Share = Share(),
+    shard: BatchShard = BatchShard(),
     threads: int | None = None,
     max_unreadable: int = 0,
 ) -> BatchIterator:
@@ -134,7 +134,7 @@ def train_batches(
       InputError: the batch size is not a multiple of the share's number of parts; later, in
         the iterator: too many examples cannot be read.
     """
-    local = share.of(batch_size)
+    local = shard.of(batch_size)
 
     def make(example: Example, ordinal: tf.Tensor) -> dict:
         image, box, flip = transform.with_box(
@@ -146,11 +146,11 @@ def train_batches(
         return made
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        ordinal = share.ordinals(step, batch_size)
+        ordinal = shard.ordinals(step, batch_size)
         return shuffled_index(ordinal // repeats, len(source), seed), ordinal
 
-    faults = Faults(source, max_unreadable)
-    reader = _Reader(source, label_maps, locate, make, local, threads, faults)
+    unreadable = UnreadableExamples(source, max_unreadable)
+    reader = _Reader(source, label_maps, locate, make, local, threads, unreadable)
     return BatchIterator(reader, start_step, np.iinfo(np.int64).max)
 
 
@@ -159,7 +159,7 @@ def eval_batches(
     transform: EvalTransform | WholeTransform,
     *,
     batch_size: int,
-    share: Share = Share(),
+    shard: BatchShard = BatchShard(),
     threads: int | None = None,
     max_unreadable: int = 0,
 ) -> BatchIterator:
@@ -182,7 +182,7 @@ def eval_batches(
       InputError: the batch size is not a multiple of the share's number of parts; later, in
         the iterator: too many examples cannot be read.
     """
-    local, total = share.of(batch_size), len(source)
+    local, total = shard.of(batch_size), len(source)
 
     def make(example: Example, ordinal: tf.Tensor) -> dict:
         return {
@@ -193,11 +193,11 @@ def eval_batches(
         }
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        ordinal = share.ordinals(step, batch_size)
+        ordinal = shard.ordinals(step, batch_size)
         return tf.minimum(ordinal, total - 1), ordinal
 
-    faults = Faults(source, max_unreadable)
-    reader = _Reader(source, None, locate, make, local, threads, faults)
+    unreadable = UnreadableExamples(source, max_unreadable)
+    reader = _Reader(source, None, locate, make, local, threads, unreadable)
     return BatchIterator(reader, 0, -(-total // batch_size))
 
 
@@ -243,8 +243,8 @@ class _Reader:
       make: from an example and its ordinal to what it becomes in a batch.
       batch_size: b, of this process.
       threads: for decoding; None for one per core.
-      faults: counts the examples that cannot be read.
-      stand_ins: from the ordinal of such an example to the index of the one read in its place:
+      unreadable: counts the examples that cannot be read.
+      replacements: from the ordinal of such an example to the index of the one read in its place:
         the next in the source that can be. A function of the ordinal alone, found when it fails.
     """
 
@@ -254,8 +254,8 @@ class _Reader:
     make: Callable[[Example, tf.Tensor], dict]
     batch_size: int
     threads: int | None
-    faults: Faults
-    stand_ins: dict[int, int] = dataclasses.field(default_factory=dict)
+    unreadable: UnreadableExamples
+    replacements: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def _fields(self) -> list[tuple[str, tf.DType, tuple[int, ...]]]:
@@ -277,12 +277,16 @@ class _Reader:
 
         def fetch(indices: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, ...]:
             wanted = indices
-            if self.stand_ins:
+            if self.replacements:
                 pairs = zip(ordinals.tolist(), indices.tolist(), strict=True)
-                wanted = np.array([self.stand_ins.get(ordinal, index) for ordinal, index in pairs])
+                wanted = np.array(
+                    [self.replacements.get(ordinal, index) for ordinal, index in pairs]
+                )
             try:
                 return self._fetch(wanted, wanted == indices)
-            except _UNREADABLE:  # none can be decoded then, and `mend` finds out which it was
+            except (
+                _UNREADABLE
+            ):  # none can be decoded then, and `replace_unreadable` finds out which it was
                 return tuple(
                     np.full(
                         (len(indices), *shape),
@@ -312,7 +316,7 @@ class _Reader:
         options.autotune.enabled = False  # its thread can take a minute to end with the iterator
         return batches.with_options(options).as_numpy_iterator()
 
-    def mend(self, step: int) -> bool:
+    def replace_unreadable(self, step: int) -> bool:
         """Finds which examples of a step cannot be read, and others to stand in for them.
 
         Returns:
@@ -324,12 +328,14 @@ class _Reader:
         found, quick = False, tf.function(self.make, autograph=False)
         indices, ordinals = self.locate(tf.constant(step, tf.int64))
         for index, ordinal in zip(indices.numpy().tolist(), ordinals.numpy().tolist(), strict=True):
-            candidate = self.stand_ins.get(ordinal, index)
+            candidate = self.replacements.get(ordinal, index)
             while (error := self._error_of(candidate, ordinal, quick)) is not None:
                 # The error of a graph is a page long; the same outside of one is a line.
-                self.faults.note(candidate, self._error_of(candidate, ordinal, self.make) or error)
+                self.unreadable.note(
+                    candidate, self._error_of(candidate, ordinal, self.make) or error
+                )
                 candidate = (candidate + 1) % len(self.source)
-                self.stand_ins[ordinal] = candidate
+                self.replacements[ordinal] = candidate
                 found = True
         return found
 

@@ -71,8 +71,8 @@ def check_files(files: Sequence[RecordFile], file_format: FileFormat) -> None:
       InputError: one is missing or cut off, or holds more or fewer records than it should.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        faults = pool.map(lambda file: _fault(file, file_format), files)
-        for file, fault in zip(files, faults, strict=True):
+        unreadable = pool.map(lambda file: _fault(file, file_format), files)
+        for file, fault in zip(files, unreadable, strict=True):
             if fault is not None:
                 raise InputError(
                     f"{file.filename} {fault}; copy it again, or remove its folder and prepare the "

@@ -17,7 +17,7 @@ _NODES = re.compile(r"\{\{.*?\}\}|\[Op:.*?\]")  # where in its graph TensorFlow 
 log = logging.getLogger("spvit_jax.data")
 
 
-class Faults:
+class UnreadableExamples:
     """Keeps count of the examples of a source that cannot be read.
 
     Attributes:

@@ -172,7 +172,7 @@ def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
     rows = _size(shapes, "pos_embed", axis=1)
     if isinstance(like, ViTConfig):
         like = _with_spatial_layers(shapes, rows, like)
-        rows -= 0 if like.late else like.num_prefix
+        rows -= 0 if like.class_token_block else like.num_prefix
     return _with_grid(rows, like)
 
 
@@ -190,7 +190,7 @@ def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig
     patches, late = math.prod(like.grid), None
     fits = rows in (patches, patches + like.num_prefix)
     if spatial == 0 and (rows == patches if fits else _is_square(rows)):
-        late = like.late
+        late = like.class_token_block
     return dataclasses.replace(like, spatial_layers=spatial, class_token_layer=late)
 
 

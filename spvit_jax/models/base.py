@@ -20,7 +20,7 @@ from spvit_jax.models.block import Block
 from spvit_jax.models.fields import check_fields
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.layers import ConvStem, PatchEmbed, accumulation_dtype
-from spvit_jax.models.loop import Run, find_runs
+from spvit_jax.models.loop import Segment, find_segments
 from spvit_jax.models.spatial import Grid, LocalityMask
 
 MaskSchedule = tuple[tuple[int, int], ...]  # ((number of layers, masked heads in each), ...)
@@ -210,8 +210,8 @@ class Model(nnx.Module):
     `model(images)` takes normalised images [B, height, width, 3] and returns evaluation logits
     [B, C]; after `model.train()`, `model(images, key)` returns `Outputs`.
 
-    A family's constructor sets the attributes below; the family defines `enter`, `entrances` where
-    it has any, and `classify`.
+    A family's constructor sets the attributes below; the family defines `to_tokens`, `classify`
+    and, where something is done to the tokens between blocks, `before_blocks`.
 
     Attributes:
       config: what the model was made from.
@@ -265,22 +265,22 @@ class Model(nnx.Module):
         """Returns the tokens that leave the last block, of patch tokens [B, h, w, D]."""
         if self.config.scan:
             kinds = [nnx.graphdef(block) for block in self.blocks]
-            runs = find_runs(kinds, entrances=self.entrances)
+            segments = find_segments(kinds, starts=self.before_blocks)
         else:
-            runs = self._layers()
-        *_, last = self._states(runs, patches, key)
+            segments = self._layers()
+        *_, last = self._states(segments, patches, key)
         return last
 
     def hidden_states(self, patches: jax.Array) -> Iterator[Tokens]:
         """Yields the tokens that enter each block, then those that leave the last."""
         return self._states(self._layers(), patches, None)
 
-    def enter(self, patches: jax.Array) -> Tokens:
+    def to_tokens(self, patches: jax.Array) -> Tokens:
         """Makes patch tokens [B, h, w, D] those that enter the first block."""
         raise NotImplementedError
 
     @property
-    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
+    def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
         """What happens to the tokens between two blocks, by the layer of the second."""
         # No method: `nnx.tabulate` runs those under `jax.jit`, which can return arrays alone.
         return {}
@@ -301,28 +301,28 @@ class Model(nnx.Module):
             for block, state in zip(self.blocks, states, strict=False)
         ]
 
-    def _layers(self) -> list[Run]:
-        return [Run(layer) for layer in range(len(self.blocks))]
+    def _layers(self) -> list[Segment]:
+        return [Segment(layer) for layer in range(len(self.blocks))]
 
     def _states(
-        self, runs: list[Run], patches: jax.Array, key: jax.Array | None
+        self, segments: list[Segment], patches: jax.Array, key: jax.Array | None
     ) -> Iterator[Tokens]:
-        """Yields the tokens that enter each run, then those that leave the last."""
+        """Yields the tokens that enter each segment, then those that leave the last."""
         if self.deterministic or self.config.drop_path == 0:
             key = None
         elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
-        tokens = self.enter(patches.astype(self.blocks[0].residual_dtype))
-        entrances = self.entrances
-        for run in runs:
-            if run.start in entrances:
-                tokens = entrances[run.start](tokens)
+        tokens = self.to_tokens(patches.astype(self.blocks[0].residual_dtype))
+        before_blocks = self.before_blocks
+        for segment in segments:
+            if segment.start in before_blocks:
+                tokens = before_blocks[segment.start](tokens)
             yield tokens
-            tokens = self._through(run, tokens, key)
+            tokens = self._through(segment, tokens, key)
         yield tokens
 
-    def _through(self, run: Run, tokens: Tokens, key: jax.Array | None) -> Tokens:
-        """Takes tokens through a run; `key` draws the drop path of all layers, None is without."""
+    def _through(self, segment: Segment, tokens: Tokens, key: jax.Array | None) -> Tokens:
+        """Takes tokens through a segment; `key` draws the drop path of all layers, if any."""
         rates = self.config.drop_path_per_layer()
 
         def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
@@ -330,12 +330,12 @@ class Model(nnx.Module):
             return block(x, tokens.grid, tokens.num_prefix, of_layer, rate)
 
         x = loop.through(
-            [self.blocks[layer] for layer in run.layers],
+            [self.blocks[layer] for layer in segment.layers],
             call,
             tokens.x,
-            run.layers,
-            [rates[layer] for layer in run.layers],
-            period=run.period,
+            segment.layers,
+            [rates[layer] for layer in segment.layers],
+            period=segment.period,
             remat=self.config.remat,
         )
         return tokens.replace(x=x)

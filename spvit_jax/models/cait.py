@@ -112,7 +112,7 @@ class CaiT(Model):
         )
         self.eval()
 
-    def enter(self, patches: jax.Array) -> Tokens:
+    def to_tokens(self, patches: jax.Array) -> Tokens:
         """Adds positions to patch tokens [B, h, w, D]."""
         batch, h, w, dim = patches.shape
         x = patches.reshape(batch, h * w, dim) + self.pos_embed[...].astype(patches.dtype)

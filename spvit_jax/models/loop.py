@@ -23,7 +23,7 @@ MAX_PERIOD = 2  # Swin's blocks alternate between windows that are shifted and t
 LINEAR_LAYERS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Layers that follow each other: the same `period` kinds in turn, `repeats` times."""
 
     start: int
@@ -36,31 +36,31 @@ class Run(NamedTuple):
         return range(self.start, self.start + self.period * self.repeats)
 
 
-def find_runs(kinds: Sequence[Hashable], entrances: Collection[int] = ()) -> list[Run]:
-    """Divides a model's layers into runs, each as long as can be; a run may be one layer.
+def find_segments(kinds: Sequence[Hashable], starts: Collection[int] = ()) -> list[Segment]:
+    """Divides a model's layers into segments, each as long as can be; one may be a single layer.
 
     Args:
       kinds: of each layer.
-      entrances: layers before which something is done to the tokens; each starts a run.
+      starts: layers before which something is done to the tokens; each starts a segment.
 
     Returns:
-      The runs, in order; together they are all layers.
+      The segments, in order; together they are all layers.
     """
-    runs: list[Run] = []
+    segments: list[Segment] = []
     start = 0
     while start < len(kinds):
-        end = min((layer for layer in entrances if layer > start), default=len(kinds))
+        end = min((layer for layer in starts if layer > start), default=len(kinds))
         loops = [_loop_at(start, kinds[start:end], period) for period in range(1, MAX_PERIOD + 1)]
-        runs.append(max(loops, key=lambda run: len(run.layers)))
-        start = runs[-1].layers.stop
-    return runs
+        segments.append(max(loops, key=lambda segment: len(segment.layers)))
+        start = segments[-1].layers.stop
+    return segments
 
 
-def _loop_at(start: int, kinds: Sequence[Hashable], period: int) -> Run:
+def _loop_at(start: int, kinds: Sequence[Hashable], period: int) -> Segment:
     """Returns the longest loop of a period with which `kinds` begins, or one layer alone."""
     turns = [kinds[i : i + period] for i in range(0, len(kinds), period)]
     repeats = next((i for i, turn in enumerate(turns) if turn != turns[0]), len(turns))
-    return Run(start, period, repeats) if repeats > 1 else Run(start)
+    return Segment(start, period, repeats) if repeats > 1 else Segment(start)
 
 
 def through(
@@ -71,14 +71,14 @@ def through(
     period: int,
     remat: bool,
 ) -> jax.Array:
-    """Takes x through the blocks of a run.
+    """Takes x through the blocks of a segment.
 
     Args:
-      blocks: of the run, in order.
+      blocks: of the segment, in order.
       call: (block, x, one of each of `values`) → x of the same shape and dtype.
       x: what enters the first.
       *values: what else `call` is given, one number for each block.
-      period: of the run.
+      period: of the segment.
       remat: whether all of each block is computed again in the backward pass.
 
     Returns:

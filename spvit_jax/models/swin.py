@@ -215,13 +215,13 @@ class Swin(Model):
         )
         self.eval()
 
-    def enter(self, patches: jax.Array) -> Tokens:
+    def to_tokens(self, patches: jax.Array) -> Tokens:
         """Normalises patch tokens [B, h, w, D]."""
         batch, h, w, dim = patches.shape
         return Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
 
     @property
-    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
+    def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
         """Where the grid is halved: before the first layer of each stage but the first."""
         starts = itertools.accumulate(self.config.depths[:-1])
         return dict(zip(starts, self.merges, strict=True))

@@ -60,7 +60,10 @@ class ViTConfig(ModelConfig):
                 f"batch_norm_group is {self.batch_norm_group} with stem_width={self.stem_width}; "
                 "expected at least 1 image, in a model with BatchNorm: a convolutional stem's"
             )
-        if not 0 <= self.spatial_layers <= self.depth or not 0 <= self.late < self.depth:
+        if (
+            not 0 <= self.spatial_layers <= self.depth
+            or not 0 <= self.class_token_block < self.depth
+        ):
             raise InputError(
                 f"spatial_layers is {self.spatial_layers} and class_token_layer "
                 f"{self.class_token_layer} at depth {self.depth}; expected at most "
@@ -68,7 +71,7 @@ class ViTConfig(ModelConfig):
             )
 
     @property
-    def late(self) -> int:
+    def class_token_block(self) -> int:
         """The layer that the prefix tokens enter; 0 gives them a position."""
         token = self.class_token_layer
         return self.spatial_layers if token is None else token
@@ -81,7 +84,7 @@ class ViTConfig(ModelConfig):
     @property
     def num_positions(self) -> int:
         """Rows of the position embedding: patches, and prefix tokens that are there at once."""
-        return self.grid[0] * self.grid[1] + (0 if self.late else self.num_prefix)
+        return self.grid[0] * self.grid[1] + (0 if self.class_token_block else self.num_prefix)
 
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer."""
@@ -127,18 +130,19 @@ class ViT(Model):
         self.dense_head = head() if config.dense_head else None
         self.eval()
 
-    def enter(self, patches: jax.Array) -> Tokens:
+    def to_tokens(self, patches: jax.Array) -> Tokens:
         """Adds positions to patch tokens [B, h, w, D]; prefix tokens that are there have one."""
         batch, h, w, dim = patches.shape
         tokens = Tokens(patches.reshape(batch, h * w, dim), (h, w), 0)
-        if not self.config.late:
+        if not self.config.class_token_block:
             tokens = self._prepend_prefix(tokens)
         return tokens.replace(x=tokens.x + self.pos_embed[...].astype(patches.dtype))
 
     @property
-    def entrances(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Where prefix tokens enter late, as in SP-ViT: without a position."""
-        return {self.config.late: self._prepend_prefix} if self.config.late else {}
+    def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
+        """Prefix tokens that join before a later block have no position, as in SP-ViT."""
+        layer = self.config.class_token_block
+        return {layer: self._prepend_prefix} if layer else {}
 
     def _prepend_prefix(self, tokens: Tokens) -> Tokens:
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]

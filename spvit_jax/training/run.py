@@ -23,7 +23,7 @@ from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.training import optimizer, sharding
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.state import Metrics, TrainState, Variables
-from spvit_jax.training.step import Recipe, eval_step, train_step
+from spvit_jax.training.step import StepSettings, eval_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrainingRun:
 
     config: ConfigDict
     model: ModelConfig
-    settings: Recipe
+    settings: StepSettings
     mesh: Mesh
     data: DataSize
     teacher: ModelConfig | None
@@ -126,7 +126,7 @@ class TrainingRun:
 def build(
     config: ConfigDict,
     model: ModelConfig,
-    settings: Recipe,
+    settings: StepSettings,
     mesh: Mesh,
     data: DataSize,
     teacher: ModelConfig | None = None,
@@ -165,11 +165,11 @@ def build(
         shardings=shardings,
         create=jax.jit(create, out_shardings=shardings),
         train_step=jax.jit(
-            sharding.on_mesh(mesh, train_step, optimizer=tx, recipe=settings),
+            sharding.on_mesh(mesh, train_step, optimizer=tx, settings=settings),
             donate_argnames="state",
             out_shardings=shardings,
         ),
-        eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, recipe=settings)),
+        eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings)),
         finite_leaves=jax.jit(state_lib.finite_leaves, out_shardings=NamedSharding(mesh, P())),
     )
 

@@ -24,7 +24,7 @@ Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepSettings:
     """What the step needs to know of the configuration; static.
 
     Attributes:
@@ -48,8 +48,8 @@ class Recipe:
     ema: float = 0.0
 
     @classmethod
-    def of(cls, config: ConfigDict, num_classes: int, grid: Grid | None = None) -> Recipe:
-        """Takes the recipe out of a configuration; `grid` is of the model's tokens."""
+    def of(cls, config: ConfigDict, num_classes: int, grid: Grid | None = None) -> StepSettings:
+        """Takes the settings out of a configuration; `grid` is of the model's tokens."""
         return cls(
             num_classes=num_classes,
             transform=BatchTransform.of(config),
@@ -74,7 +74,7 @@ def train_step(
     teacher: Variables | None = None,
     *,
     optimizer: optax.GradientTransformation,
-    recipe: Recipe,
+    settings: StepSettings,
 ) -> TrainState:
     """Takes one step.
 
@@ -85,33 +85,33 @@ def train_step(
       rng: the run's root key, the same at every step.
       teacher: a model whose predictions a distillation token learns, or None.
       optimizer: as made by `make_optimizer`.
-      recipe: static settings.
+      settings: static settings.
 
     Returns:
       The state after the step, with the step's metrics added to its sums.
     """
-    labels = losses.smooth_labels(batch["label"], recipe.num_classes, recipe.label_smoothing)
-    images, labels, moves = recipe.transform(
+    labels = losses.smooth_labels(batch["label"], settings.num_classes, settings.label_smoothing)
+    images, labels, moves = settings.transform(
         batch["image"], labels, key_for(rng, "mix", state.step)
     )
     targets = losses.Targets(labels)
-    if "label_map" in batch and recipe.grid is not None:
+    if "label_map" in batch and settings.grid is not None:
         dense, whole = align(
             batch["label_map"],
             batch["box"],
             batch["flip"],
-            recipe.grid,
-            recipe.num_classes,
+            settings.grid,
+            settings.num_classes,
             moves=moves,
-            smoothing=recipe.label_smoothing,
-            official_axes=recipe.transform.official_axes,
+            smoothing=settings.label_smoothing,
+            official_axes=settings.transform.official_axes,
         )
         targets = losses.Targets(whole, dense=dense)
     if teacher is not None:
         logits = teacher.model().outputs(images).evaluation_logits()
         targets = targets.replace(distilled=losses.hard_labels(logits))
     grads, stats, metrics = _gradients(
-        state.model, images, targets, key_for(rng, "drop_path", state.step), recipe
+        state.model, images, targets, key_for(rng, "drop_path", state.step), settings
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
     params = optax.apply_updates(state.model.params, updates)
@@ -126,14 +126,14 @@ def train_step(
     return TrainState(
         step=step,
         model=model,
-        ema=state.ema and optax.incremental_update(model, state.ema, 1 - recipe.ema),
+        ema=state.ema and optax.incremental_update(model, state.ema, 1 - settings.ema),
         opt_state=opt_state,
         metrics=jax.tree.map(jnp.add, state.metrics, {name: metrics[name] for name in METRICS}),
         nan_step=jnp.where(is_first_nan, step, state.nan_step),
     )
 
 
-def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
+def eval_step(model: Variables, batch: Batch, *, settings: StepSettings) -> Metrics:
     """Evaluates a batch.
 
     Args:
@@ -141,13 +141,13 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
       batch: `image` uint8 [B, h, w, 3], `label` int32 [B] and `mask` float32 [B], 0 for padding.
         Labels may be uint8 [B, C], 1 for each that is right (ImageNet-ReaL, arXiv 2006.07159);
         an image without any does not count.
-      recipe: static settings; only how to normalise is used.
+      settings: static settings; only how to normalise is used.
 
     Returns:
       (sum, count) of `loss` (cross-entropy with the label, or with all right ones evenly), `top1`
       and `top5`; and of `nonfinite`, whether an image's logits or its loss are not finite numbers.
     """
-    images = recipe.transform.normalize(batch["image"])
+    images = settings.transform.normalize(batch["image"])
     logits = model.model().outputs(images).evaluation_logits()
     labels, mask = batch["label"], batch["mask"]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
@@ -171,7 +171,11 @@ def eval_step(model: Variables, batch: Batch, *, recipe: Recipe) -> Metrics:
 
 
 def _gradients(
-    model: Variables, images: jax.Array, targets: losses.Targets, key: jax.Array, recipe: Recipe
+    model: Variables,
+    images: jax.Array,
+    targets: losses.Targets,
+    key: jax.Array,
+    settings: StepSettings,
 ) -> tuple[nnx.State, nnx.State, Metrics]:
     """Returns the mean gradient over the batch, BatchNorm's new statistics, and metrics.
 
@@ -187,8 +191,8 @@ def _gradients(
         key: jax.Array,
     ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
         module = model.replace(params=params, stats=stats).model(train=True)
-        outputs, targets = _outputs(module, images, targets, key, recipe)
-        loss = losses.classification_loss(outputs, targets, recipe.dense_weight)
+        outputs, targets = _outputs(module, images, targets, key, settings)
+        loss = losses.classification_loss(outputs, targets, settings.dense_weight)
         correct = outputs.evaluation_logits().argmax(-1) == targets.label.argmax(-1)
         return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())
 
@@ -201,7 +205,7 @@ def _gradients(
         grads = jax.tree.map(jnp.add, grads, new_grads)
         return (grads, stats, loss + new_loss, correct + new_correct), None
 
-    parts = recipe.accumulate
+    parts = settings.accumulate
     count = jnp.float32(images.shape[0])
     zeros = jax.tree.map(jnp.zeros_like, model.params)
     carry = (zeros, model.stats, jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -217,16 +221,20 @@ def _gradients(
 
 
 def _outputs(
-    module: Model, images: jax.Array, targets: losses.Targets, key: jax.Array, recipe: Recipe
+    module: Model,
+    images: jax.Array,
+    targets: losses.Targets,
+    key: jax.Array,
+    settings: StepSettings,
 ) -> tuple[Outputs, losses.Targets]:
     """Returns a model's outputs and what they should be, with MixToken if that is on.
 
     Where patches were mixed, each token's logits go back to the image that it is of, and the
     image's label becomes the two images' by area.
     """
-    if not recipe.mix_token:
+    if not settings.mix_token:
         return module.outputs(images, key), targets
-    group = recipe.mix_token
+    group = settings.mix_token
     patches, boxes = mix.mix_tokens(module.embed(images), jax.random.fold_in(key, 1), group)
     outputs = module.classify(module.encode(patches, jax.random.fold_in(key, 0)))
     if outputs.dense is not None:

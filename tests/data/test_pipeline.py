@@ -8,7 +8,7 @@ import pytest
 
 from spvit_jax.data import datasets, pipeline
 from spvit_jax.data.crops import EvalTransform, TrainTransform
-from spvit_jax.data.pipeline import Share
+from spvit_jax.data.pipeline import BatchShard
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -42,7 +42,7 @@ def test_number_of_threads_does_not_matter(source):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_together_read_the_global_batch(source, count):
-    shares = [take(source, 3, share=Share(index, count)) for index in range(count)]
+    shares = [take(source, 3, shard=BatchShard(index, count)) for index in range(count)]
     for whole, *parts in zip(take(source, 3), *shares, strict=True):
         for key in whole:
             np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
@@ -159,7 +159,7 @@ def test_evaluation_counts_each_example_once(batch_size, count, data_dir):
     seen, lengths = collections.Counter(), []
     for index in range(count):
         with pipeline.eval_batches(
-            source, EvalTransform((8, 8)), batch_size=batch_size, share=Share(index, count)
+            source, EvalTransform((8, 8)), batch_size=batch_size, shard=BatchShard(index, count)
         ) as iterator:
             batches = list(iterator)
         lengths.append(len(batches))
@@ -182,4 +182,4 @@ def test_evaluation_leaves_images_of_the_right_size_alone(data_dir):
 
 def test_batch_that_processes_cannot_share(source):
     with pytest.raises(InputError, match="not a multiple of the 5 parts"):
-        take(source, 1, share=Share(0, 5))
+        take(source, 1, shard=BatchShard(0, 5))

@@ -285,13 +285,13 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
             seed=1,
             start_step=3,
             label_maps=LabelMaps(path),
-            share=share,
+            shard=share,
         ) as batches:
             return next(batches)
 
     for images in (source, subset):
-        batch = take(images, pipeline.Share())
-        halves = [take(images, pipeline.Share(index, 2)) for index in range(2)]
+        batch = take(images, pipeline.BatchShard())
+        halves = [take(images, pipeline.BatchShard(index, 2)) for index in range(2)]
         for key, whole in batch.items():
             np.testing.assert_array_equal(whole, np.concatenate([half[key] for half in halves]))
         places = images.places(batch["index"])

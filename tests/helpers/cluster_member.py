@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spvit_jax import cli, distributed, train
-from spvit_jax.data.pipeline import Share
+from spvit_jax.data.pipeline import BatchShard
 from spvit_jax.training import sharding
 
 
@@ -59,7 +59,7 @@ def check_rows(output):
             held = {}
             for name, order in orders.items():
                 mesh = Mesh(order, ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
-                rows = Share(*sharding.local_parts(mesh))
+                rows = BatchShard(*sharding.local_parts(mesh))
                 read = np.asarray(rows.ordinals(np.int64(0), size), np.int32)
                 held[name] = as_held(sharding.put_batch({"index": read}, mesh)["index"], mesh)
             texts = [distributed.gather(f"{jax.process_index()} {round}") for round in range(2)]

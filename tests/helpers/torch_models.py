@@ -141,9 +141,9 @@ class TorchViT(nn.Module):
             if config.stem_width
             else nn.ModuleDict({"proj": nn.Conv2d(3, dim, config.patch_size, config.patch_size)})
         )
-        self.late = config.spatial_layers or config.class_token_layer or 0
+        self.class_token_block = config.spatial_layers or config.class_token_layer or 0
         prefix = 2 if config.distilled else 1
-        rows = config.grid[0] * config.grid[1] + (0 if self.late else prefix)
+        rows = config.grid[0] * config.grid[1] + (0 if self.class_token_block else prefix)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -163,11 +163,15 @@ class TorchViT(nn.Module):
         x = image.flatten(2).transpose(1, 2)
         tokens = [self.cls_token] + ([self.dist_token] if config.distilled else [])
         prefix = torch.cat(tokens, 1).expand(len(images), -1, -1)
-        x = x + self.pos_embed if self.late else torch.cat([prefix, x], 1) + self.pos_embed
+        x = (
+            x + self.pos_embed
+            if self.class_token_block
+            else torch.cat([prefix, x], 1) + self.pos_embed
+        )
         for layer, block in enumerate(self.blocks):
-            if self.late and layer == self.late:
+            if self.class_token_block and layer == self.class_token_block:
                 x = torch.cat([prefix, x], 1)
-            x = block(x, grid, len(tokens) if layer >= self.late else 0)
+            x = block(x, grid, len(tokens) if layer >= self.class_token_block else 0)
         x = self.norm(x)
         logits = self.head(x[:, 0])
         if config.distilled:

@@ -118,7 +118,7 @@ def test_kinds_of_layers_are_read_from_the_names(settings, spatial_layers, late)
     source = model_config("spvit_l", **(STEM | {"depth": 5} | settings))
     like = model_config("spvit_l", **(STEM | {"depth": 5, "spatial_layers": 3}))
     found, arrays = to_ours(as_arrays(randomise(TorchViT(source)).state_dict()), like)
-    assert (found.spatial_layers, found.late) == (spatial_layers, late)
+    assert (found.spatial_layers, found.class_token_block) == (spatial_layers, late)
     assert arrays.keys() == shapes_of(source).keys()
 
 
@@ -218,4 +218,4 @@ def test_the_kind_of_layers_is_read_on_a_grid_that_is_no_square():
     for late in (0, 3):
         source = dataclasses.replace(like, spatial_layers=0, class_token_layer=late)
         found, _ = to_ours(as_arrays(TorchViT(source).state_dict()), like)
-        assert (found.late, found.grid) == (late, (4, 5))
+        assert (found.class_token_block, found.grid) == (late, (4, 5))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spvit_jax.models.complexity import macs_of
-from spvit_jax.models.loop import Run, find_runs
+from spvit_jax.models.loop import Segment, find_segments
 from spvit_jax.models.naming import named_leaves
 from tests.helpers.variables import random_variables
 
@@ -22,20 +22,20 @@ KEY = jax.random.key(1)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "entrances", "expected"),
+    ("kinds", "starts", "expected"),
     [
-        ("aaaa", (), [Run(0, 1, 4)]),
-        ("aaab", (), [Run(0, 1, 3), Run(3)]),
-        ("aaabb", (2,), [Run(0, 1, 2), Run(2), Run(3, 1, 2)]),
-        ("abab", (), [Run(0, 2, 2)]),
-        ("ababa", (), [Run(0, 2, 2), Run(4)]),
-        ("ab", (), [Run(0), Run(1)]),
-        ("aabab", (0,), [Run(0, 1, 2), Run(2), Run(3), Run(4)]),
-        ("a", (), [Run(0)]),
+        ("aaaa", (), [Segment(0, 1, 4)]),
+        ("aaab", (), [Segment(0, 1, 3), Segment(3)]),
+        ("aaabb", (2,), [Segment(0, 1, 2), Segment(2), Segment(3, 1, 2)]),
+        ("abab", (), [Segment(0, 2, 2)]),
+        ("ababa", (), [Segment(0, 2, 2), Segment(4)]),
+        ("ab", (), [Segment(0), Segment(1)]),
+        ("aabab", (0,), [Segment(0, 1, 2), Segment(2), Segment(3), Segment(4)]),
+        ("a", (), [Segment(0)]),
     ],
 )
-def test_layers_are_divided_into_the_longest_loops(kinds, entrances, expected):
-    assert find_runs(kinds, entrances) == expected
+def test_layers_are_divided_into_the_longest_loops(kinds, starts, expected):
+    assert find_segments(kinds, starts) == expected
 
 
 def loss_of(name, **execution):

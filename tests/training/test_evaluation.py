@@ -10,7 +10,9 @@ from spvit_jax.augment.mix import BatchTransform
 from spvit_jax.training import sharding, step
 from spvit_jax.training.evaluation import evaluate
 
-RECIPE = step.Recipe(num_classes=4, transform=BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3))
+SETTINGS = step.StepSettings(
+    num_classes=4, transform=BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3)
+)
 
 
 class Batches(list):
@@ -40,7 +42,7 @@ def evaluated(logits, mask, labels):
     )
     mesh = sharding.make_mesh(-1, 1)
     return evaluate(
-        lambda model, batch: step.eval_step(model, batch, recipe=RECIPE), model, batches, mesh
+        lambda model, batch: step.eval_step(model, batch, settings=SETTINGS), model, batches, mesh
     )
 
 

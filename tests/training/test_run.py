@@ -10,7 +10,7 @@ from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import sharding
 from spvit_jax.training.run import DataSize
-from spvit_jax.training.step import Recipe
+from spvit_jax.training.step import StepSettings
 from tests.helpers.configs import digits
 
 
@@ -23,7 +23,12 @@ def parts():
     model = config_lib.model_settings(config, num_classes=10)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     size = DataSize(1297, 500, 10)
-    return config, model, mesh, run_lib.build(config, model, Recipe.of(config, 10), mesh, size)
+    return (
+        config,
+        model,
+        mesh,
+        run_lib.build(config, model, StepSettings.of(config, 10), mesh, size),
+    )
 
 
 def abstract(model, mesh, size, *, train):

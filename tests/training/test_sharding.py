@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from spvit_jax import plan
 from spvit_jax.config import base, resolve
-from spvit_jax.data.pipeline import Share
+from spvit_jax.data.pipeline import BatchShard
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.preflight import report as preflight_report
@@ -70,7 +70,7 @@ def test_parts_of_a_batch_are_those_of_the_own_devices():
     devices = np.vectorize(lambda owner: types.SimpleNamespace(process_index=owner))(owners)
     mesh = types.SimpleNamespace(devices=devices, size=8)
     assert sharding.local_parts(mesh) == ((0, 1, 4, 5), 8)
-    rows = Share(*sharding.local_parts(mesh)).ordinals(np.int64(2), 16)
+    rows = BatchShard(*sharding.local_parts(mesh)).ordinals(np.int64(2), 16)
     assert rows.numpy().tolist() == [32, 33, 34, 35, 40, 41, 42, 43]
 
 

@@ -22,7 +22,7 @@ from tests.helpers.variables import random_variables
 
 SMALL = {"image_size": 12, "patch_size": 2, "dim": 16, "num_heads": 2}
 TRANSFORM = BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3)
-RECIPE = step.Recipe(num_classes=10, transform=TRANSFORM, label_smoothing=0.1, ema=0.9)
+SETTINGS = step.StepSettings(num_classes=10, transform=TRANSFORM, label_smoothing=0.1, ema=0.9)
 ROOT = jax.random.key(0)
 # Linear in the gradient; Adam's first steps would make signs of the rounding of small gradients.
 SGD = optax.sgd(0.05)
@@ -51,13 +51,13 @@ def make_state(name="spvit_s", **overrides):
 
 
 @functools.cache
-def jitted(recipe):
-    return jax.jit(functools.partial(step.train_step, optimizer=SGD, recipe=recipe))
+def jitted(settings):
+    return jax.jit(functools.partial(step.train_step, optimizer=SGD, settings=settings))
 
 
-def run(state, recipe=RECIPE, steps=2):
+def run(state, settings=SETTINGS, steps=2):
     for _ in range(steps):
-        state = jitted(recipe)(state, make_batch(), ROOT)
+        state = jitted(settings)(state, make_batch(), ROOT)
     return state
 
 
@@ -88,14 +88,14 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, data, fsdp, accumulate):
     if fsdp == 8:  # once also with dimensions that it does not divide, and with what is slow
         deeper["dim"] = 12
         transform = dataclasses.replace(transform, rand_augment=RandAugment(), erase=0.5)
-    recipe = dataclasses.replace(RECIPE, transform=transform, accumulate=accumulate)
+    settings = dataclasses.replace(SETTINGS, transform=transform, accumulate=accumulate)
     mesh = sharding.make_mesh(data, fsdp)
-    expected = run(make_state(name, **deeper), recipe)
+    expected = run(make_state(name, **deeper), settings)
     state = make_state(name, **deeper, scan=bool(as_loops))
 
     shardings = sharding.state_shardings(state, mesh, "fsdp")
     take = jax.jit(
-        sharding.on_mesh(mesh, step.train_step, optimizer=SGD, recipe=recipe),
+        sharding.on_mesh(mesh, step.train_step, optimizer=SGD, settings=settings),
         donate_argnames="state",
         out_shardings=shardings,
     )
@@ -111,8 +111,8 @@ def test_accumulation_is_the_whole_batch():
     """Without BatchNorm, whose statistics are those of a micro-batch; with groups of MixUp."""
     state = make_state("mait_t", drop_path=0.0)
     transform = dataclasses.replace(TRANSFORM, mixup=0.8, cutmix=1.0, mix_group_size=8)
-    recipe = dataclasses.replace(RECIPE, transform=transform)
-    assert_close(run(state, recipe), run(state, dataclasses.replace(recipe, accumulate=4)))
+    settings = dataclasses.replace(SETTINGS, transform=transform)
+    assert_close(run(state, settings), run(state, dataclasses.replace(settings, accumulate=4)))
 
 
 def test_average_covers_parameters_and_batchnorm_statistics():
@@ -164,8 +164,8 @@ def test_bfloat16_trains_layer_scale_from_1e_5_as_float32_does(name):
         assert config.layer_scale == 1e-5
         adamw = optax.adamw(1e-3)
         state = state_lib.create(config.build(CountedRngs(0)), adamw, ema=False)
-        recipe = step.Recipe(num_classes=10, transform=TRANSFORM)
-        take = functools.partial(step.train_step, optimizer=adamw, recipe=recipe)
+        settings = step.StepSettings(num_classes=10, transform=TRANSFORM)
+        take = functools.partial(step.train_step, optimizer=adamw, settings=settings)
         after = jax.jit(take)(state, make_batch(), ROOT)
 
         @jax.jit
@@ -192,7 +192,7 @@ def test_first_step_that_is_not_a_number_is_remembered():
 
 def test_eval_step_counts_by_the_mask():
     variables = make_state().model
-    evaluate = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))
+    evaluate = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))
     batch = make_batch() | {"mask": np.array([1] * 11 + [0] * 5, np.float32)}
     whole = evaluate(variables, batch)
     part = {key: value[:11] for key, value in batch.items()}
@@ -205,7 +205,7 @@ def test_eval_step_counts_by_the_mask():
 def test_any_of_several_labels_is_right_and_an_image_without_one_does_not_count():
     """ImageNet-ReaL's way; with one label each it is the usual one."""
     variables = make_state().model
-    evaluate = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))
+    evaluate = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))
     batch = make_batch() | {"mask": np.ones(16, np.float32)}
     single = evaluate(variables, batch)
     several = batch | {"label": np.eye(10, dtype=np.uint8)[batch["label"]]}
@@ -213,7 +213,7 @@ def test_any_of_several_labels_is_right_and_an_image_without_one_does_not_count(
         np.testing.assert_allclose(total, single[name][0], rtol=1e-5)
         assert count == 16
 
-    images = RECIPE.transform.normalize(jnp.asarray(batch["image"]))
+    images = SETTINGS.transform.normalize(jnp.asarray(batch["image"]))
     logits = np.asarray(variables.model().outputs(images).evaluation_logits())
     rng = np.random.default_rng(1)
     right = (rng.random((16, 10)) < 0.2).astype(np.uint8)
@@ -262,9 +262,9 @@ def test_loss_of_each_head():
 def test_a_distillation_token_learns_what_the_teacher_says(accumulate):
     student = make_state("deit_ti", distilled=True)
     teacher = random_variables("deit_ti", **SMALL, depth=1, num_classes=10, seed=5)
-    recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
+    settings = dataclasses.replace(SETTINGS, accumulate=accumulate)
     batch = make_batch()
-    state = jitted(recipe)(student, batch, ROOT, teacher)
+    state = jitted(settings)(student, batch, ROOT, teacher)
     images = TRANSFORM.normalize(batch["image"])
 
     @jax.jit
@@ -277,7 +277,7 @@ def test_a_distillation_token_learns_what_the_teacher_says(accumulate):
 
     total, count = state.metrics["loss"]
     assert float(total / count) == pytest.approx(float(expected(student.model, teacher)), rel=1e-4)
-    without = jitted(recipe)(student, batch, ROOT)
+    without = jitted(settings)(student, batch, ROOT)
     assert float(without.metrics["loss"][0]) != pytest.approx(float(total), rel=1e-2)
 
 
@@ -288,13 +288,13 @@ def test_mix_token_brings_each_tokens_logits_back(monkeypatch):
     variables = make_state(drop_path=0.0).model
     images = TRANSFORM.normalize(make_batch()["image"])
     labels = jax.nn.one_hot(jnp.asarray(make_batch()["label"]), 10)
-    recipe = dataclasses.replace(RECIPE, mix_token=4)
+    settings = dataclasses.replace(SETTINGS, mix_token=4)
 
     @jax.jit
     def both(variables):
         plain = variables.model().outputs(images)
         key = jax.random.key(0)
-        return plain, *step._outputs(variables.model(), images, Targets(labels), key, recipe)
+        return plain, *step._outputs(variables.model(), images, Targets(labels), key, settings)
 
     plain, mixed, targets = both(variables)
     np.testing.assert_allclose(mixed.dense, plain.dense, rtol=1e-3, atol=1e-4)
@@ -307,10 +307,10 @@ def test_mix_token_brings_each_tokens_logits_back(monkeypatch):
 def test_mix_tokens_label_is_the_boxs_share():
     variables = make_state(drop_path=0.0).model
     images = TRANSFORM.normalize(make_batch()["image"])
-    recipe = dataclasses.replace(RECIPE, mix_token=4)
+    settings = dataclasses.replace(SETTINGS, mix_token=4)
     key = jax.random.key(5)
     _, targets = jax.jit(
-        lambda v: step._outputs(v.model(), images, Targets(jnp.eye(16)), key, recipe)
+        lambda v: step._outputs(v.model(), images, Targets(jnp.eye(16)), key, settings)
     )(variables)
     patches = jnp.zeros((16, 6, 6, 1))
     _, boxes = step.mix.mix_tokens(patches, jax.random.fold_in(key, 1), 4)
@@ -329,24 +329,25 @@ def test_label_maps_become_the_targets():
     maps[:, 0, 0] = 30
     box = np.tile(np.float32([0.1, 0.2, 0.9, 0.8]), (16, 1))
     with_maps = batch | {"label_map": maps, "box": box, "flip": np.arange(16) % 2 == 0}
-    state, recipe = make_state(), dataclasses.replace(RECIPE, grid=(6, 6))
+    state, settings = make_state(), dataclasses.replace(SETTINGS, grid=(6, 6))
     losses = [
-        float(jitted(recipe)(state, batch, ROOT).metrics["loss"][0]) for batch in (batch, with_maps)
+        float(jitted(settings)(state, batch, ROOT).metrics["loss"][0])
+        for batch in (batch, with_maps)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     maps[:, 1] = (maps[:, 1] + 1) % 10
-    changed = jitted(recipe)(state, with_maps, ROOT)
+    changed = jitted(settings)(state, with_maps, ROOT)
     assert float(changed.metrics["loss"][0]) != pytest.approx(losses[0], rel=1e-2)
 
 
 def test_a_teacher_sees_what_its_student_sees():
     """The augmented images, for which it says something else than for those of the host."""
     transform = dataclasses.replace(TRANSFORM, color_jitter=0.9, erase=1.0)
-    recipe = dataclasses.replace(RECIPE, transform=transform)
+    settings = dataclasses.replace(SETTINGS, transform=transform)
     student = make_state("deit_ti", distilled=True)
     teacher = random_variables("deit_ti", **SMALL, depth=1, num_classes=10, seed=5)
     batch = make_batch()
-    state = jitted(recipe)(student, batch, ROOT, teacher)
+    state = jitted(settings)(student, batch, ROOT, teacher)
 
     @jax.jit
     def expected(student, teacher):
@@ -368,11 +369,11 @@ def test_top5_counts_the_labels_up_to_the_fifth():
     """Of 16 labels, each at a known place among the logits: 0 to 9, then 0 to 5."""
     variables = make_state().model
     batch = make_batch() | {"mask": np.ones(16, np.float32)}
-    images = RECIPE.transform.normalize(jnp.asarray(batch["image"]))
+    images = SETTINGS.transform.normalize(jnp.asarray(batch["image"]))
     logits = jax.jit(lambda v: v.model().outputs(images).evaluation_logits())(variables)
     places = np.arange(16) % 10
     batch["label"] = np.argsort(-logits, axis=1)[np.arange(16), places].astype(np.int32)
-    metrics = jax.jit(functools.partial(step.eval_step, recipe=RECIPE))(variables, batch)
+    metrics = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))(variables, batch)
     assert (metrics["top1"][0], metrics["top5"][0]) == (2, 10)
 
 
@@ -391,10 +392,10 @@ def test_the_average_is_evaluated():
 def test_micro_batches_of_the_same_images_lose_different_branches():
     def loss_of(parts, **changes):
         state = make_state("mait_t", **changes)
-        recipe = dataclasses.replace(RECIPE, accumulate=parts)
+        settings = dataclasses.replace(SETTINGS, accumulate=parts)
         # Micro-batches take the examples in turn.
         batch = {name: np.repeat(array, parts, 0) for name, array in make_batch(8).items()}
-        total, count = jitted(recipe)(state, batch, ROOT).metrics["loss"]
+        total, count = jitted(settings)(state, batch, ROOT).metrics["loss"]
         assert count == 8 * parts
         return float(total / count)
 
@@ -419,7 +420,7 @@ def _nan_in_the_gradient_alone(outputs, targets, dense_weight):
 def test_a_gradient_that_is_not_a_number_is_remembered_though_the_loss_is_one(monkeypatch):
     state = run(make_state(), steps=1)
     monkeypatch.setattr(step.losses, "classification_loss", _nan_in_the_gradient_alone)
-    take = jax.jit(functools.partial(step.train_step, optimizer=SGD, recipe=RECIPE))
+    take = jax.jit(functools.partial(step.train_step, optimizer=SGD, settings=SETTINGS))
     state = take(state, make_batch(), ROOT)
     assert np.isfinite(state.metrics["loss"][0])
     with pytest.raises(FloatingPointError, match="the loss at step 2 or its gradient"):
@@ -437,7 +438,7 @@ def test_a_gradient_whose_square_overflows_is_remembered(monkeypatch):
     adam = optax.adam(1e-3)
     variables = make_state("mait_t").model
     state = state_lib.create(variables.model(), adam, ema=True)
-    state = jax.jit(functools.partial(step.train_step, optimizer=adam, recipe=RECIPE))(
+    state = jax.jit(functools.partial(step.train_step, optimizer=adam, settings=SETTINGS))(
         state, make_batch(), ROOT
     )
     assert np.isfinite(state.metrics["loss"][0])
