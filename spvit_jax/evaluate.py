@@ -20,15 +20,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import classes, cli, distributed, plan
-from spvit_jax import config as config_lib
-from spvit_jax import weights as weights_lib
-from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.crops import EvalTransform
+from spvit_jax import cli, distributed
+from spvit_jax import plan as plan_lib
 from spvit_jax.errors import writing
 from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
-from spvit_jax.training.step import StepSettings, eval_step
 
 
 def evaluate_checkpoint(
@@ -53,43 +49,16 @@ def evaluate_checkpoint(
       InputError: the configuration, the data or the checkpoint cannot be used.
       FloatingPointError: logits are not finite numbers.
     """
-    plan.check_names(config)
-    data = config.data
-    source = datasets.for_evaluation(data, split or data.eval_split)
-    distributed.agree(
-        config_lib.flatten({"config": config.to_dict()})
-        | {"classes": classes.fingerprint(source.class_names)}
-        | {"examples": len(source), "checkpoint": str(path), "step": which, "weights": weights}
-    )
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    distributed.connect(mesh)
-    like = config_lib.model_settings(config, num_classes=source.num_classes)
-    found = weights_lib.find(path, like, which=which, weights=weights)
-    source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
-    model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    model_config = found.adopt_layer_kinds(model_config)
-    found.check(model_config)
-    variables = found.load(model_config, mesh, preset=config.mesh.sharding)
-    settings = StepSettings.of(config, num_classes=source.num_classes)
-    eval_fn = jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings))
-
-    def batches() -> pipeline.BatchIterator:
-        return pipeline.eval_batches(
-            source,
-            EvalTransform.of(config, model_config.image_shape),
-            batch_size=sharding.round_up(data.eval_batch_size, mesh),
-            shard=pipeline.BatchShard(*sharding.local_parts(mesh)),
-            threads=data.threads,
-            max_unreadable=data.max_unreadable,
-        )
-
-    with batches() as first:  # compiles, so that it does not count
-        jax.block_until_ready(eval_fn(variables, sharding.put_batch(next(first), mesh)))
+    plan = plan_lib.evaluation(config, path, which=which, weights=weights, split=split)
+    variables = plan.load()
+    with plan.batches() as first:  # compiles, so that it does not count
+        batch = sharding.put_batch(next(first), plan.mesh)
+        jax.block_until_ready(plan.eval_step(variables, batch))
     start = time.monotonic()
-    results = evaluate(eval_fn, variables, batches(), mesh)
+    results = evaluate(plan.eval_step, variables, plan.batches(), plan.mesh)
     return results | {
         "images_per_second": results["count"] / (time.monotonic() - start),
-        "weights": "ema" if found.is_average else "model",
+        "weights": "ema" if plan.weights.is_average else "model",
     }
 
 

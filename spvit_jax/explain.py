@@ -21,15 +21,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, plan
-from spvit_jax import config as config_lib
-from spvit_jax import weights as weights_lib
+from spvit_jax import cli
+from spvit_jax import plan as plan_lib
 from spvit_jax.augment import mix
-from spvit_jax.data import datasets, pipeline
-from spvit_jax.data.crops import EvalTransform
 from spvit_jax.models import Model
 from spvit_jax.models.spatial import LocalityMask
-from spvit_jax.training import sharding
 
 matplotlib.use("Agg")
 
@@ -161,25 +157,12 @@ def explain(
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
     """
-    plan.check_names(config)
-    data = config.data
-    source = datasets.for_evaluation(data, data.eval_split)
-    like = config_lib.model_settings(config, num_classes=source.num_classes)
-    found = weights_lib.find(path, like, which=which, weights=weights)
-    source = datasets.numbered_as_trained(source, data, found.class_names, found.where)
-    model_config = config_lib.model_settings(config, num_classes=source.num_classes)
-    model_config = found.adopt_layer_kinds(model_config)
-    found.check(model_config)
-    model = found.load(model_config, sharding.make_mesh(-1, 1)).model()
-
-    with pipeline.eval_batches(
-        source,
-        EvalTransform.of(config, model_config.image_shape),
-        batch_size=min(len(source), data.eval_batch_size),
-        threads=data.threads,
-        max_unreadable=data.max_unreadable,
-    ) as batches:
-        images = mix.normalize(jnp.asarray(next(batches)["image"]), data.mean, data.std)
+    plan = plan_lib.evaluation(config, path, which=which, weights=weights)
+    model = plan.load().model()
+    with plan.batches(min(len(plan.source), config.data.eval_batch_size)) as batches:
+        batch = next(batches)
+    images = jnp.asarray(batch["image"][batch["mask"] > 0])
+    images = mix.normalize(images, config.data.mean, config.data.std)
 
     priors = learned_priors(model)
     similarity = layer_similarity(model, images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -92,6 +93,33 @@ def numbered_as_trained(
     if root is None or not (root / data.train_split).is_dir():
         return source
     return numbered(source, folders.class_names(root, data.train_split), "the training data")
+
+
+class Splits(NamedTuple):
+    """What a run is trained and evaluated on.
+
+    Attributes:
+      whole: the training split, all of it; label maps are about that.
+      train: the part of it that is trained on.
+      evaluation: what is evaluated on; its classes have the numbers of the training's.
+    """
+
+    whole: Source
+    train: Source
+    evaluation: Source
+
+
+def open_splits(data: ConfigDict, seed: int) -> Splits:
+    """Opens the data that a configuration names; raises as the functions below.
+
+    Args:
+      data: the section of the configuration.
+      seed: of the draw of `data.train_size`.
+    """
+    whole = load(data.dataset, data.train_split, data.data_dir)
+    train = for_training(whole, data, seed=seed)
+    evaluation = for_evaluation(data, data.eval_split)
+    return Splits(whole, train, numbered(evaluation, train.class_names, "the training data"))
 
 
 def for_evaluation(data: ConfigDict, split: str) -> Source:

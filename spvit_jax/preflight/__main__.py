@@ -22,8 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
-from spvit_jax import plan as plan_lib
+from spvit_jax import cli, plan
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks, libtpu, report, search
 from spvit_jax.preflight.launch_checks import Check
@@ -133,13 +132,17 @@ def _prepare(
     config: ConfigDict, topology_name: str, num_slices: int
 ) -> tuple[Topology, Replan, list[Check]]:
     """Returns the chips, what plans a run on them from changes of its configuration, and checks."""
-    plan_lib.check_names(config)
+    plan.check_names(config)
     libtpu.prepare()
     topology = get_topology(topology_name, num_slices)
     data, checks = launch_checks.check_data(config)
-    teacher = launch_checks.check_teacher(config)
+    teacher = plan.find_teacher(config, data)
     replan = functools.partial(
-        plan_lib.training_run, config, data, devices=topology.devices, teacher=teacher
+        plan.training_run,
+        config,
+        data,
+        devices=topology.devices,
+        teacher=None if teacher is None else teacher.model,
     )
     return topology, replan, checks
 

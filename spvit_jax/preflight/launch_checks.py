@@ -20,9 +20,8 @@ from spvit_jax import config as config_lib
 from spvit_jax import weights
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import datasets, sources
-from spvit_jax.data.token_labels.store import LabelMaps
+from spvit_jax.data.token_labels.store import open_label_maps
 from spvit_jax.errors import InputError
-from spvit_jax.models import ModelConfig
 from spvit_jax.training import checkpoint
 from spvit_jax.training.run import DataSize, TrainingRun
 
@@ -82,44 +81,29 @@ def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
     whole: Any
     builder = None if folder else sources.builder_of(data.dataset, data.data_dir)
     if builder is None or builder.is_prepared():
-        whole = datasets.load(data.dataset, data.train_split, data.data_dir)
-        evaluated = datasets.for_evaluation(data, data.eval_split)
-        num_eval = len(datasets.numbered(evaluated, whole.class_names, "the training data"))
+        whole, train, evaluation = datasets.open_splits(data, seed=config.seed)
+        num_train, num_eval = len(train), len(evaluation)
         state, words = OK, data.dataset if folder else f"{data.dataset} in {data.data_dir}"
     elif data.dataset == "imagenet2012" and splits <= set(_IMAGENET):
         whole = _ImageNet(data.train_split, tuple(builder.info.features["label"].names))
-        num_eval = _IMAGENET.get(data.eval_split, 0)
+        num_train = len(datasets.for_training(whole, data, seed=config.seed))
+        if data.eval_split == datasets.MINIVAL:
+            num_eval = len(datasets.held_out(whole, data))
+        else:
+            num_eval = _IMAGENET[data.eval_split]
         state, words = ABSENT, f"no {data.dataset} in {data.data_dir}; planned with"
     else:
         raise InputError(
             f"data set {data.dataset!r} is not in {data.data_dir}, so that its examples cannot be "
             "counted; prepare it there first (training does), or set config.data.data_dir"
         )
-    num_train = len(datasets.for_training(whole, data, seed=config.seed))
-    if state == ABSENT and data.eval_split == datasets.MINIVAL:
-        num_eval = len(datasets.held_out(whole, data))
     words = f"{words}: {num_train:,} to train on, {num_eval:,} to evaluate on"
     checks, label_map = [Check("data", state, words)], None
     if config.token_labels.path:
-        label_map, check = _check(
-            "token labels", lambda: _label_maps(config, len(whole), whole.class_names)
-        )
+        label_map, check = _check("token labels", lambda: _label_maps(config, whole))
         label_map = label_map or _PUBLISHED_LABEL_MAP
         checks.append(check)
     return DataSize(num_train, num_eval, whole.num_classes, label_map, whole.class_names), checks
-
-
-def check_teacher(config: ConfigDict) -> ModelConfig | None:
-    """Returns the model that a distilled one learns from, at the student's resolution, if any.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    if not config.distill.teacher:
-        return None
-    student = config_lib.model_settings(config, num_classes=1)
-    found = weights.find(pathlib.Path(config.distill.teacher), None)
-    return dataclasses.replace(found.config, image_size=student.image_shape)
 
 
 def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
@@ -140,11 +124,9 @@ def _check(what: str, look: Callable[[], tuple[T, str]]) -> tuple[T | None, Chec
     return value, Check(what, OK, words)
 
 
-def _label_maps(
-    config: ConfigDict, num_examples: int, class_names: ClassNames
-) -> tuple[tuple[int, int, int], str]:
-    maps = LabelMaps(pathlib.Path(config.token_labels.path))
-    maps.check(num_examples, class_names)
+def _label_maps(config: ConfigDict, whole: Any) -> tuple[Any, str]:
+    maps = open_label_maps(config, whole)
+    assert maps is not None  # the configuration names a file
     return maps.shape, f"{config.token_labels.path}, {len(maps):,} maps"
 
 

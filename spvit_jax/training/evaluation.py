@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from spvit_jax.data.pipeline import BatchIterator
 from spvit_jax.training.sharding import put_batch
 from spvit_jax.training.state import Variables, means
 
 
 def evaluate(
-    eval_fn: Callable[[Variables, Any], Any], model: Variables, batches: BatchIterator, mesh: Mesh
+    eval_fn: Callable[[Variables, Any], Any],
+    model: Variables,
+    batches: AbstractContextManager[Iterator[dict[str, np.ndarray]]],
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Evaluates a model on all batches.
 
     Args:
       eval_fn: the jitted `eval_step`.
       model: the weights.
-      batches: with a mask over padding; closed on return.
+      batches: as `data.pipeline.eval_batches` makes them; closed on return.
       mesh: over which batches are spread.
 
     Returns:
@@ -31,8 +35,8 @@ def evaluate(
     Raises:
       FloatingPointError: logits are not finite numbers, and a rank among them means nothing.
     """
-    with batches:
-        per_batch = [eval_fn(model, put_batch(batch, mesh)) for batch in batches]
+    with batches as opened:
+        per_batch = [eval_fn(model, put_batch(batch, mesh)) for batch in opened]
     totals = jax.tree.map(lambda *values: jnp.stack(values).sum(), *per_batch)
     wrong, count = (int(number) for number in totals.pop("nonfinite"))
     if wrong:

@@ -16,43 +16,29 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import jax
-from clu import metric_writers, parameter_overview
-from ml_collections import ConfigDict
+from clu import parameter_overview
 from tqdm import tqdm
 
 from spvit_jax import atomic, distributed
 from spvit_jax import config as config_lib
 from spvit_jax.errors import writing
 from spvit_jax.logs import log
-from spvit_jax.models import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding
-from spvit_jax.training.state import Metrics, TrainState, means
+from spvit_jax.training.run import TrainingRun
+from spvit_jax.training.state import Metrics, means
+
+if TYPE_CHECKING:
+    from clu.metric_writers import MetricWriter
 
 
-def summarize(
-    config: ConfigDict,
-    model: ModelConfig,
-    state: TrainState,
-    *,
-    num_train: int,
-    num_eval: int,
-    mesh: jax.sharding.Mesh,
-) -> None:
-    """Prints the resolved configuration, the parameters, and what follows from the settings.
-
-    Args:
-      config: resolved.
-      model: what is trained.
-      state: as shapes with shardings.
-      num_train: examples per epoch.
-      num_eval: examples of an evaluation.
-      mesh: the devices.
-    """
+def summarize(run: TrainingRun) -> None:
+    """Prints the resolved configuration, the parameters, and what follows from the settings."""
+    config, model, mesh, state = run.config, run.model, run.mesh, run.abstract
+    num_train, num_eval = run.data.num_train, run.data.num_eval
     steps_per_epoch = num_train / config.data.batch_size
     per_1024 = config.optim.lr * 1024 / config.data.batch_size
     if config.optim.ema:
@@ -100,10 +86,9 @@ class Reporter:
         path = self._path if writes else pathlib.Path(os.devnull)
         with writing(path):
             self._records = self._stack.enter_context(path.open("a"))
-        self._writer: metric_writers.MetricWriter = metric_writers.MultiWriter(
-            [metric_writers.SummaryWriter(str(self._path.parent))] if writes else []
-        )
-        self._stack.callback(self._writer.close)
+        self._writer = _open_tensorboard(self._path.parent) if writes else None
+        if self._writer is not None:
+            self._stack.callback(self._writer.close)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -139,7 +124,7 @@ class Reporter:
         seconds = (self._total_steps - step) * self._batch_size / speed
         left = datetime.timedelta(seconds=round(seconds))
         self._record("train", step, values)
-        self._writer.write_scalars(step, {"train/images_per_second": speed})
+        self._plot(step, {"train/images_per_second": speed})
         text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
         self._bar.set_postfix_str(f"{text}  left {left}")
         log.debug(
@@ -161,10 +146,21 @@ class Reporter:
             self._records.flush()
             if distributed.is_primary():
                 os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
-        self._writer.write_scalars(step, named)
+        self._plot(step, named)
+
+    def _plot(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write_scalars(step, values)
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step
+
+
+def _open_tensorboard(folder: pathlib.Path) -> MetricWriter:
+    """Opens the TensorBoard file of a run; imports TensorFlow, which clu writes it with."""
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(folder))
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

@@ -64,6 +64,7 @@ class TrainingRun:
       train_step: `step.train_step` of (state, batch, root, teacher), jitted; donates the state.
       eval_step: `step.eval_step` of (model, batch), jitted.
       finite_leaves: `state.finite_leaves`, jitted.
+      zero_metrics: `state.zero_metrics`, jitted.
     """
 
     config: ConfigDict
@@ -80,6 +81,7 @@ class TrainingRun:
     train_step: Callable[..., TrainState]
     eval_step: Callable[[Variables, Any], Metrics]
     finite_leaves: Callable[[TrainState], jax.Array]
+    zero_metrics: Callable[[], Metrics]
 
     @property
     def steps(self) -> int:
@@ -171,6 +173,7 @@ def build(
         ),
         eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings)),
         finite_leaves=jax.jit(state_lib.finite_leaves, out_shardings=NamedSharding(mesh, P())),
+        zero_metrics=jax.jit(state_lib.zero_metrics, out_shardings=shardings.metrics),
     )
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from spvit_jax import atomic
 from spvit_jax.classes import ClassNames, check_same
+from spvit_jax.data.sources import Source
 from spvit_jax.errors import InputError
 
 _MOST_CLASSES = 2048  # that half precision counts exactly
@@ -78,6 +80,29 @@ class LabelMaps:
         if self.class_names is not None:
             what = "the token labels are of other classes than the split has"
             check_same(self.class_names, class_names, what, "make them for the same split")
+
+
+def open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
+    """Opens the label maps that a configuration names, if it does.
+
+    Args:
+      config: as `spvit_jax.config.base`.
+      source: the whole training split.
+
+    Raises:
+      InputError: they cannot be read, are of another split, or are mixed in a way that they
+        cannot follow.
+    """
+    if not config.token_labels.path:
+        return None
+    if config.augment.mixup or config.augment.cutmix:
+        raise InputError(
+            "token labels follow crops and not MixUp or CutMix; set config.augment.mixup=0 and "
+            "config.augment.cutmix=0, and augment.mix_token for MixToken"
+        )
+    label_maps = LabelMaps(pathlib.Path(config.token_labels.path))
+    label_maps.check(len(source), source.class_names)
+    return label_maps
 
 
 def write(
