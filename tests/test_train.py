@@ -199,8 +199,8 @@ def test_logits_that_are_not_numbers_stop_an_evaluation(data_dir, tmp_path, monk
         params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)
         return eval_step(model.replace(params=params), batch, settings=settings)
 
-    monkeypatch.setattr("spvit_jax.training.program.eval_step", broken)
-    monkeypatch.setattr("spvit_jax.evaluate.eval_step", broken)
+    monkeypatch.setattr("spvit_jax.training.run.eval_step", broken)
+    monkeypatch.setattr("spvit_jax.plan.eval_step", broken)
     words = "the logits of 500 of 500 images are not finite"
     with pytest.raises(FloatingPointError, match=words):
         train(config, tmp_path / "run")
