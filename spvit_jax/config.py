@@ -19,7 +19,13 @@ from ml_collections.config_dict import placeholder
 
 from spvit_jax import atomic
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models import EvaluationProtocol, ModelConfig, evaluation_protocol, model_config
+from spvit_jax.models import (
+    EvaluationProtocol,
+    ModelConfig,
+    evaluation_protocol,
+    field_types,
+    model_config,
+)
 
 log = logging.getLogger("spvit_jax")
 
@@ -53,35 +59,10 @@ def base() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
-    model.image_size = placeholder(object)  # pixels: 384, (height, width) or 160x256; None: 224
-    # The other fields are None for the named model's own value.
-    model.patch_size = placeholder(int)  # pixels
-    model.stem_width = placeholder(int)  # channels of the convolutional stem; 0 is linear
-    model.batch_norm_group = placeholder(int)  # images that the stem normalises together; None: all
-    model.dim = placeholder(int)  # channels of a token
-    model.depth = placeholder(int)  # number of blocks
-    model.num_heads = placeholder(int)  # attention heads per block
-    model.mlp_ratio = placeholder(float)  # hidden width of the MLP over dim
-    model.depths = placeholder(tuple)  # number of blocks of each stage of a Swin
-    model.window = placeholder(int)  # side of a Swin's window in patches
-    model.class_layers = placeholder(int)  # a CaiT's layers of class attention
-    model.qkv_bias = placeholder(bool)  # whether queries, keys and values have a bias
-    model.norm_eps = placeholder(float)  # epsilon of LayerNorm
-    model.skip_lam = placeholder(float)  # residual branches are divided by this
-    model.layer_scale = placeholder(float)  # initial value of LayerScale
-    model.drop_path = placeholder(float)  # rate of stochastic depth at the last block
-    model.spatial_layers = placeholder(int)  # blocks with SP-SA, from the first
-    model.class_token_layer = placeholder(int)  # which the class token enters
-    model.prior_extent = placeholder(int)  # grid side to which SP-SA's offsets are rescaled
-    model.pos_conv = placeholder(bool)  # position convolution after each block
-    model.masked_heads = placeholder(object)  # ((layers, heads), …) or "thirds"
-    model.mask_radius = placeholder(object)  # patches, one number or (rows, columns)
-    model.mask_kind = placeholder(str)  # "soft" or "hard"
-    model.dense_head = placeholder(bool)  # a classifier on every patch token
-    model.distilled = placeholder(bool)  # a distillation token with its own head
-    model.dtype = placeholder(str)  # of the computation: "float32" or "bfloat16"
-    model.remat = placeholder(bool)  # recompute blocks in the backward pass to save memory
-    model.scan = placeholder(bool)  # run like blocks as one loop, which compiles much faster
+    # Each field of `models.ModelConfig` and of its families, which say what it means; None is the
+    # named model's own value.
+    for name, kind in field_types().items():
+        model[name] = placeholder(kind)
 
     config.data = data = ConfigDict()
     data.dataset = "imagenet2012"  # "digits", a TFDS name, or "folder:PATH"
@@ -309,7 +290,8 @@ def claim_workdir(
     path = workdir / "config.json"
     if in_use and path.exists():
         try:
-            changes = differences(from_json(path), config)
+            # Its durations are steps already; what it says less than today is worked out anew.
+            changes = differences(resolve(from_json(path), num_examples=1), config)
         except (OSError, ValueError) as error:
             changes = []
             log.warning(
@@ -338,7 +320,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(path: pathlib.Path) -> ConfigDict:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` wrote; fields that there were not yet have their defaults.
 
     Raises:
       OSError: the file cannot be read.
@@ -347,7 +329,10 @@ def from_json(path: pathlib.Path) -> ConfigDict:
     tree = json.loads(path.read_text())
     if not isinstance(tree, dict):
         raise ValueError(f"a {type(tree).__name__} and not an object")
-    return ConfigDict(tree)
+    config = base()
+    with config.unlocked(), config.ignore_type():
+        config.update(tree)
+    return config
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -295,3 +296,16 @@ def test_a_workdir_that_cannot_be_written(workdir):
     config = config_lib.resolve(digits(), num_examples=1297)
     with pytest.raises(InputError, match=f"cannot write to workdir {workdir}: "):
         config_lib.claim_workdir(pathlib.Path(workdir), config, in_use=False)
+
+
+def test_a_run_from_before_there_was_a_field_goes_on(tmp_path):
+    """Its value then was the default; another is another run."""
+    config = config_lib.resolve(digits(), num_examples=1297)
+    path = tmp_path / "config.json"
+    tree = config.to_dict()
+    del tree["augment"]["eval_crop_mode"], tree["model"]["batch_norm_group"]
+    path.write_text(json.dumps(tree))
+    config_lib.claim_workdir(tmp_path, config, in_use=True, write=False)
+    config.model.batch_norm_group = 8
+    with pytest.raises(InputError, match=r"\(model.batch_norm_group: None → 8\)"):
+        config_lib.claim_workdir(tmp_path, config, in_use=True, write=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ __all__ = [
     "ViTConfig",
     "create_model",
     "evaluation_protocol",
+    "field_types",
     "from_dict",
     "list_models",
     "model_config",
@@ -210,6 +212,22 @@ def model_config(
             raise InputError(f"model {name!r} has no field {field!r}{nearest(field, fields)}")
     settings = {"image_size": image_size, "num_classes": num_classes, **overrides}
     return dataclasses.replace(base, **{k: read_field(k, v) for k, v in settings.items()})
+
+
+def field_types() -> dict[str, type]:
+    """Returns the fields of all families that can be chosen, and the type of each.
+
+    The type is `object` where values of several are possible; None stands for a field's default
+    everywhere. The number of classes is the data's and no choice.
+    """
+    kinds: dict[str, type] = {}
+    for family in FAMILIES:
+        for name, hint in typing.get_type_hints(family).items():
+            options = [one for one in typing.get_args(hint) or (hint,) if one is not type(None)]
+            is_tuple = typing.get_origin(hint) is tuple
+            kinds[name] = tuple if is_tuple else options[0] if len(options) == 1 else object
+    del kinds["num_classes"]
+    return kinds
 
 
 def from_dict(fields: Mapping[str, Any], where: object = "a file") -> ModelConfig:

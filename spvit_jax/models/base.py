@@ -36,25 +36,26 @@ class ModelConfig:
 
     # Input and output.
     image_size: int | tuple[int, int] = 224  # pixels, one number or (height, width)
-    num_classes: int = 1000
+    num_classes: int = 1000  # C
     patch_size: int = 16  # pixels
 
     # Blocks.
     dim: int = 384  # D; in Swin of the first stage
-    num_heads: int = 6  # H; in Swin of the first stage
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    norm_eps: float = 1e-6
+    num_heads: int = 6  # H, of each block; in Swin of the first stage
+    mlp_ratio: float = 4.0  # hidden width of the MLP over dim
+    qkv_bias: bool = True  # whether queries, keys and values have a bias
+    norm_eps: float = 1e-6  # epsilon of LayerNorm
     drop_path: float = 0.0  # rate of stochastic depth, see `drop_path_per_layer`
 
     # MaiT's masked heads.
-    masked_heads: MaskSchedule | Literal["thirds"] | None = None  # "thirds": all, one, none
-    mask_radius: int | tuple[int, int] = 1  # of the neighbourhood; (rows, columns) if not square
+    # ((layers, heads masked in each), …), or "thirds": all, one and none
+    masked_heads: MaskSchedule | Literal["thirds"] | None = None
+    mask_radius: int | tuple[int, int] = 1  # patches, one number or (rows, columns)
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
 
     # Execution.
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass
+    dtype: str = "float32"  # of the computation, or "bfloat16"; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass to save memory
     scan: bool = False  # run like blocks as one loop, which compiles fast at any depth
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class ViTConfig(ModelConfig):
     `drop_path` is the rate at the last layer, growing linearly from 0 at the first.
     """
 
-    depth: int = 12
+    depth: int = 12  # number of blocks
     stem_width: int = 0  # channels of LV-ViT's convolutional stem; 0 is a linear embedding
     batch_norm_group: int | None = None  # images that the stem normalises together in training
     skip_lam: float = 1.0  # each residual branch is divided by this
