@@ -133,6 +133,7 @@ def test_larger_images_are_evaluated_and_fine_tuned_on(
         f"--config.init_from={exported}",
         "--config.schedule.total=2 epochs",
         "--config.schedule.warmup=0 steps",
+        "--config.optim.lr=1e-3",
         "--config.optim.ema=0.8",
     )
     assert f"at step 0 of 25, from {exported}" in (tuned / "train.log").read_text()
