@@ -28,14 +28,14 @@ def test_what_a_killed_process_left_is_not_taken(tmp_path):
     program = f"""
 import os, pathlib, signal
 from spvit_jax import atomic
-with atomic.writing(pathlib.Path({str(tmp_path / "new")!r})) as path:
+with atomic.replacing(pathlib.Path({str(tmp_path / "new")!r})) as path:
     path.mkdir()
     (path / "old").write_text("half of it")
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 1  # it has left something
-    with atomic.writing(tmp_path / "new") as path:
+    with atomic.replacing(tmp_path / "new") as path:
         path.mkdir()
         (path / "one").write_text("all of it")
     assert os.listdir(tmp_path / "new") == ["one"]
@@ -67,7 +67,7 @@ def fail():
 @pytest.mark.parametrize("make", ["file", "folder"])
 def test_nothing_is_left_whatever_ends_the_writing(end, make, tmp_path):
     def write():
-        with atomic.writing(tmp_path / "a" / "b" / "new") as path:
+        with atomic.replacing(tmp_path / "a" / "b" / "new") as path:
             if make == "folder":
                 path.mkdir()
             (path / "half" if make == "folder" else path).write_text("half of it")
@@ -81,7 +81,7 @@ def test_nothing_is_left_whatever_ends_the_writing(end, make, tmp_path):
 def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
-    with atomic.writing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"

@@ -55,7 +55,7 @@ def test_a_checkpoint_is_read_with_plain_orbax(name, settings, build, tmp_path):
     config = model_config(name, **settings)
     average = random_variables(name, seed=1, **settings)
     state = {"model": random_variables(name, **settings), "ema": average}
-    with Checkpoints(tmp_path, config, keep_last=1, keep_best=1) as checkpoints:
+    with Checkpoints(tmp_path, config, (), keep_last=1, keep_best=1) as checkpoints:
         checkpoints.save(3, state)
     lines = block_with("restore_int_paths")
     assert len([line for line in lines.splitlines() if line and "import" not in line]) == 5

@@ -231,6 +231,8 @@ def _split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     factors = {d: parts for d in dimensions if shape[d] and shape[d] % parts == 0}
     if factors:
         return NamedSharding(mesh, P(*(None,) * next(iter(factors)), "fsdp"))
+    if len(shape) < 2:  # gathering a part of a vector takes longer than memory for it is worth
+        return NamedSharding(mesh, P())
     for dimension in dimensions:
         factor = math.gcd(shape[dimension], parts)
         if factor > 1:

@@ -126,11 +126,5 @@ def test_a_file_of_records_that_is_cut_off(digits):
     path = records_file(digits)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    source = datasets.load("digits", "train", str(digits))
-    with (
-        pipeline.train_batches(
-            source, TRANSFORM, batch_size=64, seed=5, max_unreadable=5
-        ) as batches,
-        pytest.raises(InputError, match=r"6 images cannot be read, more than data\.max_unread"),
-    ):
-        next(batches)
+    with pytest.raises(InputError, match=r"digits-train.*is cut off or damaged"):
+        datasets.load("digits", "train", str(digits))

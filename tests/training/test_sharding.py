@@ -115,7 +115,7 @@ def test_largest_dimension_that_divides_is_split():
     [
         ((12, 10), 8, (3, 5)),  # 4 × 2
         ((7, 7, 3, 4), 8, (7, 7, 3, 1)),  # 4, and twice the same
-        ((6,), 4, (3,)),
+        ((6,), 4, (6,)),  # a vector
         ((7, 9), 8, (7, 9)),
         ((2, 6, 2), 8, (1, 3, 1)),  # 2 × 2 × 2
     ],
@@ -154,7 +154,7 @@ def test_what_is_not_split_is_said_before_the_first_step(caplog):
     words = f"{split / 1e6:,.1f} split by 8, {rest / 1e6:,.1f} by less or not at all"
     assert words in preflight_report.describe(run, topology)
     with caplog.at_level("INFO", "spvit_jax"):
-        report.summarize(run.config, run.model, state, num_train=1297, num_eval=500, mesh=run.mesh)
+        report.summarize(run)
     assert words in caplog.text
 
 
