@@ -1,6 +1,6 @@
-"""Several processes that train as one: joining, agreeing, failing together, preemption, versions.
+"""Training in several processes: joining, agreeing, failing together, preemption, versions.
 
-Without a cluster, everything here holds for the one process there is.
+Without a cluster, every function works for the single process.
 """
 
 from spvit_jax.distributed.agreement import agree, check_shared

@@ -1,4 +1,4 @@
-"""Comparing what must be the same on all processes of a cluster: settings, code, file systems."""
+"""Checks that all processes of a cluster have the same settings, code and file system."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from spvit_jax.distributed.coordination import broadcast, gather, is_formed, is_
 from spvit_jax.errors import InputError
 
 _POLL = 1.0  # seconds between looks at the shared folder
-_SEEN_WITHIN = 30  # seconds in which a network file system shows a file to all
-# What each machine may have its own of.
+_VISIBLE_TIMEOUT = 30  # seconds in which a network file system shows a file to all processes
+# Settings that may differ between machines.
 _LOCAL = ("config.data.data_dir", "config.data.threads")
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Compares what must be the same on all processes, code and package versions included.
+    """Checks that facts, the code and package versions are the same on all processes.
 
     Args:
-      facts: by name; values are compared as JSON. Those in `_LOCAL` may differ.
+      facts: values by name, compared as JSON. Those in `_LOCAL` may differ.
 
     Raises:
-      InputError: on all processes, if one differs from process 0; says which, and in what.
+      InputError: on all processes, if any differs from process 0; lists processes and values.
     """
     if not is_formed():
         return
@@ -42,18 +42,21 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Checks that all processes see the same folder, in which they write a checkpoint together.
+    """Checks that a folder is the same on all processes, as writing checkpoints needs.
+
+    Args:
+      folder: the workdir.
 
     Raises:
-      InputError: on all processes, if one does not see what process 0 writes there.
+      InputError: on all processes, if any does not see a file that process 0 writes there.
     """
     if not is_formed():
         return
     name = broadcast(f".shared-{uuid.uuid4().hex}")
     if is_primary():
         (folder / name).touch()
-    gather("")  # it is there now
-    deadline = time.monotonic() + _SEEN_WITHIN
+    gather("")  # from here on the file exists
+    deadline = time.monotonic() + _VISIBLE_TIMEOUT
     while not (seen := (folder / name).exists()) and time.monotonic() < deadline:
         time.sleep(_POLL)
     problem = [f"another folder {folder} than process 0"] if not seen else []
@@ -65,9 +68,9 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def _raise_together(problems: list[str], advice: str) -> None:
-    """Raises one `InputError` on all processes that lists what each of them has to say."""
-    said = [json.loads(text) for text in gather(json.dumps(problems))]
-    lines = [f"process {rank} has {'; '.join(has)}" for rank, has in enumerate(said) if has]
+    """Raises the same `InputError` on all processes if any has problems, listing those of each."""
+    by_rank = [json.loads(text) for text in gather(json.dumps(problems))]
+    lines = [f"process {rank} has {'; '.join(has)}" for rank, has in enumerate(by_rank) if has]
     if lines:
         rest = f" and {len(lines) - 4} processes more" if len(lines) > 4 else ""
         raise InputError(f"the processes disagree: {'. '.join(lines[:4])}{rest}; {advice}")

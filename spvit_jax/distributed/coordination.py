@@ -1,8 +1,8 @@
-"""Short texts between the processes of a cluster: JAX's key-value store.
+"""Exchange of short texts between the processes of a cluster, over JAX's key-value store.
 
-It needs no device and no compilation; arrays are JAX's business. The service runs in process 0, the
-coordinator. This is the only file that reaches into JAX's private modules: there is no public way
-to that store. Without a cluster, everything here holds for the one process there is.
+It needs no device and no compilation, and is not for arrays. The service runs in process 0, the
+coordinator. This is the only file that imports JAX's private modules: there is no public access to
+that store. Without a cluster, every function works for the single process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed
 
-PREFIX = "spvit_jax"  # of all keys
-_PATIENCE = 60  # seconds until the processes that are waited for are named
+PREFIX = "spvit_jax"  # of all keys in the store
+_REPORT_EVERY = 60  # seconds between messages that name the process that is waited for
 
 _rounds = itertools.count()
 
@@ -27,49 +27,49 @@ def is_formed() -> bool:
 
 
 def is_primary() -> bool:
-    """Returns whether this is process 0, the one that writes what only one should."""
+    """Returns whether this is process 0, the one that writes logs and files."""
     return rank_and_size()[0] == 0
 
 
 def gather(text: str) -> list[str]:
-    """Returns the texts of all processes, in their order; all must call it equally often."""
+    """Returns the texts of all processes by rank; a barrier, which all must call equally often."""
     client = store()
     if client is None:
         return [text]
     key, (rank, size) = f"{PREFIX}/{next(_rounds)}", rank_and_size()
     client.key_value_set(f"{key}/{rank}", text)
-    if rank == 0:  # one reads all and the others one, rather than all reading all
+    if rank == 0:  # process 0 reads all texts and the others one, rather than each reading all
         texts = [_wait_for(f"{key}/{other}", other) for other in range(size)]
         client.key_value_set(f"{key}/all", json.dumps(texts))
     return json.loads(_wait_for(f"{key}/all", 0))
 
 
 def broadcast(text: str) -> str:
-    """Returns process 0's text; all processes must call it equally often."""
+    """Returns process 0's text on all processes, which must all call it equally often."""
     return gather(text if is_primary() else "")[0]
 
 
 def store() -> Any:
-    """Returns the client of the key-value store; None without a cluster."""
+    """Returns JAX's client of the key-value store; None without a cluster."""
     return jax_distributed.global_state.client
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Returns which process this is of how many; touches no device, as `jax.process_index` does."""
+    """Returns this process's index and their number; unlike `jax.process_index` uses no device."""
     return jax_distributed.global_state.process_id, jax_distributed.global_state.num_processes
 
 
 def say(line: str) -> None:
-    """Writes a line to the standard error in one piece, so that processes do not mix theirs."""
+    """Writes a line to standard error in one call, so that processes do not mix theirs."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def _wait_for(key: str, process: int) -> str:
-    """Returns the text under a key, and says now and then which process has not given it yet."""
+    """Returns the text under a key; reports at intervals which process has not written it yet."""
     while True:
         try:
-            return store().blocking_key_value_get(key, _PATIENCE * 1000)
+            return store().blocking_key_value_get(key, _REPORT_EVERY * 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

@@ -1,4 +1,4 @@
-"""Ending together: when a process of a cluster fails, all end, and each says which and why."""
+"""Failing together: when a process of a cluster fails, all end, and each reports which and why."""
 
 from __future__ import annotations
 
@@ -19,30 +19,38 @@ from spvit_jax.distributed.coordination import PREFIX, rank_and_size, say, store
 from spvit_jax.errors import exit_code
 
 _POLL = 1.0  # seconds between looks at whether another process has failed
-_GOODBYE = 10.0  # seconds in which a failing process lets the others read why
+_READ_TIMEOUT = 10.0  # seconds that a failing process waits for the others to read its error
 
-_ending = threading.Lock()  # so that one reason is said: the own one or another process's
-_kept: list[Any] = []  # what C calls must live as long as the process
+_ending = threading.Lock()  # one error is reported: this process's or another's
+_callbacks: list[Any] = []  # functions that C calls, which must not be garbage-collected
 
 
 def watch(done: threading.Event) -> None:
-    """Ends the process when another one says that it has failed."""
+    """Ends this process when another process of the cluster reports that it has failed.
+
+    Args:
+      done: event that ends the watching; the function runs in a thread of its own.
+    """
     client, (rank, _) = store(), rank_and_size()
     while not done.wait(_POLL):
         try:
             notices = client.key_value_dir_get(f"{PREFIX}/failed/")
         except jax.errors.JaxRuntimeError:
-            return  # the coordinator is gone, which JAX notices by itself
+            return  # the coordinator is lost, which JAX handles itself
         for key, notice in sorted(notices):
-            culprit, (code, message) = key.rpartition("/")[2], json.loads(notice)
-            if int(culprit) != rank and _ending.acquire(blocking=False):
+            failed_rank, (code, message) = key.rpartition("/")[2], json.loads(notice)
+            if int(failed_rank) != rank and _ending.acquire(blocking=False):
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     client.key_value_set(f"{PREFIX}/read/{rank}", "")
-                end(code, f"error: process {culprit} has stopped: {message}")
+                end(code, f"error: process {failed_rank} has stopped: {message}")
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends this process, after the others have read why."""
+    """Ends this process for an error, after the other processes have read it.
+
+    Args:
+      error: exception; its exit code is that of `errors.exit_code`, or 1.
+    """
     _ending.acquire()
     code = exit_code(error)
     message = (str(error).strip() or repr(error)).splitlines()[0]
@@ -55,7 +63,7 @@ def fail(error: BaseException) -> NoReturn:
     say(f"error: {message}")
     client, (rank, size) = store(), rank_and_size()
     others = {str(other) for other in range(size) if other != rank}
-    deadline = time.monotonic() + _GOODBYE
+    deadline = time.monotonic() + _READ_TIMEOUT
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone
         client.key_value_set(f"{PREFIX}/failed/{rank}", json.dumps([code, message]))
         while others and time.monotonic() < deadline:
@@ -64,12 +72,17 @@ def fail(error: BaseException) -> NoReturn:
                 known = client.key_value_dir_get(f"{PREFIX}/{folder}/")
                 others -= {key.rpartition("/")[2] for key, _ in known}
         if rank == 0:
-            time.sleep(_POLL)  # with it goes the store, and the others may still be leaving
+            time.sleep(_POLL)  # the store ends with process 0, and others may still use it
     end(code)
 
 
 def end(code: int, line: str = "") -> NoReturn:
-    """Ends the process at once: the usual way would wait for processes that do not come."""
+    """Ends this process at once, without the usual shutdown, which waits for the other processes.
+
+    Args:
+      code: exit code.
+      line: last line for standard error; empty for none.
+    """
     if line:
         say(line)
     with contextlib.suppress(OSError, ValueError):
@@ -78,10 +91,10 @@ def end(code: int, line: str = "") -> NoReturn:
 
 
 def name_what_aborts() -> None:
-    """Ends the process with our own last line and code 1 where JAX's C++ side calls abort().
+    """Installs a handler of SIGABRT that ends the process with an error line and exit code 1.
 
-    It does so when another process is lost, from a thread to which Python has no access, and the
-    callback that its client takes for this does not work from Python.
+    JAX's C++ code calls abort() when another process is lost, from a thread to which Python has no
+    access, and the callback that its client takes for this does not work from Python.
     """
     message = (
         b"error: JAX has ended this process, most often because another process of the cluster was "
@@ -95,5 +108,5 @@ def name_what_aborts() -> None:
         os._exit(1)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-    _kept.append(callback)
+    _callbacks.append(callback)
     ctypes.CDLL(None).signal(signal.SIGABRT, callback)

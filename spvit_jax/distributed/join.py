@@ -1,4 +1,4 @@
-"""Joining a cluster: how several processes that train as one find each other."""
+"""Joining a cluster: how the processes of a training run find each other."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from spvit_jax.distributed.coordination import gather, is_formed, rank_and_size,
 from spvit_jax.distributed.versions import code_version
 from spvit_jax.errors import InputError
 
-# A process is lost when it has not been heard of for so long. JAX's 100 s would let a pod stand
-# still for longer; its heartbeats have a thread of their own, which compiling does not hold up.
+# A process without heartbeats for so long is lost. JAX's 100 s would keep a pod idle for longer;
+# heartbeats have a thread of their own, which compiling does not block.
 _HEARTBEAT_TIMEOUT = 30  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a process belongs.
+    """Address of a cluster, and the index of this process in it.
 
     Attributes:
-      coordinator: HOST:PORT at which process 0 can be reached; None on a pod, which knows.
-      num_processes: of the cluster.
-      process_id: this one, in 0 … num_processes-1.
-      timeout: seconds to wait until all have come.
+      coordinator: HOST:PORT at which process 0 can be reached; None on a pod, where JAX finds it.
+      num_processes: number of processes of the cluster; None on a pod.
+      process_id: index of this process, in 0 … num_processes-1; None on a pod.
+      timeout: seconds to wait until all processes have joined.
     """
 
     coordinator: str | None = None
@@ -62,22 +62,22 @@ class Address:
 
 
 def is_pod(environment: Mapping[str, str] = os.environ) -> bool:
-    """Returns whether the environment is that of one of several TPU hosts, as GKE sets it."""
+    """Returns whether this is one of several TPU hosts, by the variables that GKE sets."""
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
 
 
 @contextlib.contextmanager
 def joined(address: Address | None, *, notices: bool = False) -> Iterator[None]:
-    """Makes this process part of a cluster; to be entered before anything else touches JAX.
+    """Makes this process part of a cluster; to be entered before JAX initialises its devices.
 
     An exception inside ends all processes: this one with a line that says why and exit code 2 for
     an `InputError`, 1 for any other; the others with the same code, naming this one. If one is
-    lost without a word, the rest end with exit code 1 within half a minute.
+    lost without an error, the rest end with exit code 1 within half a minute.
 
     Args:
-      address: None for a process on its own.
-      notices: whether a SIGTERM is a notice of preemption, for `interrupt.Interrupt`, rather than
+      address: address of the cluster; None for a single process.
+      notices: whether a SIGTERM is a notice of preemption, for `preemption.Interrupt`, rather than
         the end of the process.
 
     Raises:
@@ -105,10 +105,10 @@ def joined(address: Address | None, *, notices: bool = False) -> Iterator[None]:
 
 
 def connect(mesh: jax.sharding.Mesh) -> None:
-    """Connects the devices of CPU processes along each axis, while the processes are in step.
+    """Connects the devices of CPU processes along each axis of a mesh ahead of the first step.
 
-    Gloo, which carries their sums, otherwise connects at the first step, and gives up if one
-    process has compiled it half a minute later than another.
+    Gloo, which computes their sums, otherwise connects at the first step, and fails if one process
+    has compiled it half a minute later than another.
     """
     if not is_formed() or jax.default_backend() != "cpu":
         return
@@ -124,17 +124,17 @@ def connect(mesh: jax.sharding.Mesh) -> None:
 
 
 def _form(address: Address) -> None:
-    """Starts or finds the coordination service and waits for all processes."""
+    """Starts or finds JAX's coordination service, and waits for all processes."""
     where = address.coordinator or "of this pod"
     if address.process_id == 0:
         _check_port(where)
 
-    def give_up() -> None:
-        # JAX itself would abort the process, with a page from its C++ side. No mistake of the user
-        # for certain: a machine may have been preempted before all had come.
+    def on_timeout() -> None:
+        # JAX itself would abort the process, with pages of C++ logs. The exit code is not that of
+        # wrong input: a machine may have been preempted before all had joined.
         failure.end(1, f"error: {_absent(address)}")
 
-    timer = threading.Timer(address.timeout, give_up)
+    timer = threading.Timer(address.timeout, on_timeout)
     timer.daemon = True
     timer.start()
     settings: dict[str, Any] = {}
@@ -148,10 +148,10 @@ def _form(address: Address) -> None:
     try:
         jax.distributed.initialize(
             **settings,
-            initialization_timeout=round(address.timeout) + 60,  # `give_up` comes first
+            initialization_timeout=round(address.timeout) + 60,  # `on_timeout` comes first
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
-    except Exception as error:  # whatever looking for a pod's metadata raises
+    except Exception as error:  # JAX raises any kind where a pod's metadata is missing
         raise InputError(
             f"the cluster {where} cannot be formed: {error}. Off a pod, give --coordinator, "
             "--num_processes and --process_id"
@@ -162,7 +162,7 @@ def _form(address: Address) -> None:
 
 
 def _absent(address: Address) -> str:
-    """Says who has not come; called when the time is up."""
+    """Returns an error that says which processes have not joined within the timeout."""
     waited = f"for {address.timeout:g} seconds (--cluster_timeout)"
     if address.coordinator is None:
         return f"the processes of this pod have not all come {waited}; start them on all workers"
@@ -182,7 +182,7 @@ def _absent(address: Address) -> str:
 
 
 def _check_port(coordinator: str) -> None:
-    """Raises an `InputError` if the service cannot listen; JAX would end with a segfault."""
+    """Raises an `InputError` if the coordinator's port is taken; JAX would end with a segfault."""
     port = int(coordinator.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()

@@ -1,4 +1,4 @@
-"""Noticing SIGTERM, the notice that a machine is about to be taken away."""
+"""Handling of SIGTERM as the notice that a machine is about to be preempted."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from spvit_jax.distributed.coordination import is_formed
 
 
 class Interrupt:
-    """A context manager that notes SIGTERM instead of dying of it.
+    """Handler of SIGTERM that records it instead of ending the process; a context manager.
 
-    In a cluster JAX notes it, on whichever process it comes, and picks a step that all of them
-    have yet to reach.
+    In a cluster JAX receives it, on any process, and picks a step that all of them have yet to
+    reach.
     """
 
     def __init__(self) -> None:
-        self._noted = False
+        self._received = False
 
     def __enter__(self) -> Self:
         if not is_formed():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,11 +31,11 @@ class Interrupt:
             signal.signal(signal.SIGTERM, self._previous)
 
     def requested(self, step: int) -> bool:
-        """Returns whether to stop after a step, the same on all processes; asked at each step."""
+        """Returns whether to stop after a step, the same on all processes; call it after each."""
         if is_formed():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._noted
+        return self._received
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame
-        self._noted = True
+        self._received = True

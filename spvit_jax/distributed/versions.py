@@ -1,4 +1,4 @@
-"""Versions of the code and of what it runs on: what processes compare and logs say."""
+"""Versions of the code, Python and packages, which processes compare and logs contain."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import subprocess
 
 import spvit_jax
 
-# Versions that change numbers, or what is in a checkpoint.
+# Packages whose version may change numbers or the content of checkpoints.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
 
 
 def code_version(root: pathlib.Path = pathlib.Path(spvit_jax.__file__).parent.parent) -> str:
-    """Returns the commit of the checkout, with `-dirty` if changed; without git, what VERSION says.
+    """Returns the commit of the checkout, with `-dirty` if changed; without git, the VERSION file.
 
     Args:
-      root: of the checkout.
+      root: folder of the checkout.
     """
     if (root / ".git").exists():
         # Never a tag: the abbreviated commit, as `git rev-parse --short` has it.
@@ -33,7 +33,7 @@ def code_version(root: pathlib.Path = pathlib.Path(spvit_jax.__file__).parent.pa
 
 
 def of_process() -> dict[str, str]:
-    """Returns the versions of this process: its code, Python, and the packages that matter."""
+    """Returns the versions of this process's code, Python and packages, by name."""
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(spvit_jax.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,1 +1,1 @@
-"""TPUs that are not there: their facts, and what their compiler says of a run's program."""
+"""Checks of a run before its launch: compiled for TPUs that this machine does not have."""

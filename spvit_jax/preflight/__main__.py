@@ -1,14 +1,16 @@
-"""Compiles a run for TPUs that are not there: does it fit, what does it cost, can it start?
+"""Checks a launch and compiles the run for TPUs that this machine does not have.
 
     pip install -r requirements-tpu.txt
     python -m spvit_jax.preflight --config=configs/spvit.py:l,384 --topology=v5e:16x16 \
         --config.data.batch_size=4096 --json=preflight.json
 
 The train step and the eval step are those of `train.py`, with its shardings and its donation,
-compiled by the TPU's own compiler on any Linux machine with an x86 CPU; it takes minutes.
+compiled by the TPU's own compiler on any Linux machine with an x86 CPU, in minutes. The report says
+whether they fit in memory, what they cost, and whether the run can start.
 
-Exit code 0: the run fits and nothing is wrong; 1: it does not, and what would fit has been said;
-2: wrong input. Data that is not on this machine is no mistake where its size is known.
+Exit code 0: the run fits and every check passed; 1: a check failed, or the run does not fit, and
+changes with which it would have been printed; 2: wrong input. Data that is not on this machine is
+no error where its size is known.
 """
 
 from __future__ import annotations
@@ -40,18 +42,18 @@ def preflight(
     ways: int = 3,
     show_shardings: bool = False,
 ) -> tuple[bool, dict[str, Any]]:
-    """Checks a launch and compiles it; prints as it goes.
+    """Checks a launch, compiles its steps, and prints the report.
 
     Args:
-      config: as `spvit_jax.config.base`.
-      topology_name: such as `v5e:16x16`.
-      num_slices: how many of them.
-      workdir: of the run, to be looked at; None for not at all.
-      ways: how many to look for to make it fit, where it does not.
-      show_shardings: whether to print how each parameter is split.
+      config: configuration, as `spvit_jax.config.base`.
+      topology_name: name of a slice, such as `v5e:16x16`.
+      num_slices: number of such slices.
+      workdir: workdir of the run, to be checked; None for no check.
+      ways: number of ways to look for to make the run fit, where it does not.
+      show_shardings: whether to print the sharding of each parameter.
 
     Returns:
-      Whether the run can be launched, and the report as JSON can hold it.
+      Whether the run can be launched, and the report for JSON.
 
     Raises:
       InputError: libtpu is missing, or the configuration or the topology cannot be used.
@@ -77,14 +79,14 @@ def preflight(
     if not trial.fits and ways:
         print("compiling what may make it fit:", flush=True)
         found = search.search(
-            run, topology, replan, trial, ways=ways, report=lambda one: _report(one, tried)
+            run, topology, replan, trial, ways=ways, report=lambda option: _report(option, tried)
         )
         _advise(run, topology, found)
     result = {
         **report.trial_dict(trial),
         "checks": [vars(check) for check in checks],
         "ways": [report.trial_dict(way) for way in found],
-        "tried": [report.trial_dict(one) for one in tried],
+        "tried": [report.trial_dict(option) for option in tried],
     }
     return trial.fits and all(check.state != launch_checks.WRONG for check in checks), result
 
@@ -101,15 +103,15 @@ def sweep(
     """Compiles a run with each batch size, remat and fsdp axis, and prints a table.
 
     Args:
-      config: as `spvit_jax.config.base`.
-      topology_name: such as `v5e:16x16`.
-      num_slices: how many of them.
+      config: configuration, as `spvit_jax.config.base`.
+      topology_name: name of a slice, such as `v5e:16x16`.
+      num_slices: number of such slices.
       batch_sizes: images per step; empty for the configuration's, half and twice of it.
       remats: whether blocks are recomputed; empty for both.
-      fsdps: sizes of the axis; empty for 1, and all chips.
+      fsdps: sizes of the fsdp axis; empty for 1, and all chips.
 
     Returns:
-      The trials as JSON can hold them.
+      The trials for JSON.
     """
     topology, replan, _ = _prepare(config, topology_name, num_slices)
     print(report.describe(replan({}), topology), flush=True)
@@ -131,7 +133,7 @@ def sweep(
 def _prepare(
     config: ConfigDict, topology_name: str, num_slices: int
 ) -> tuple[Topology, Replan, list[Check]]:
-    """Returns the chips, what plans a run on them from changes of its configuration, and checks."""
+    """Returns the topology, a function that plans the run with changes, and the data's checks."""
     plan.check_names(config)
     libtpu.prepare()
     topology = get_topology(topology_name, num_slices)
@@ -153,7 +155,7 @@ def _report(trial: Trial, trials: list[Trial]) -> None:
 
 
 def _advise(run: TrainingRun, topology: Topology, ways: list[Trial]) -> None:
-    """Prints what fits, the fastest first, with what else it changes."""
+    """Prints the ways that fit, the fastest first, and what they change about BatchNorm."""
     if not ways:
         print(f"nothing that was tried fits {topology.name}; take more or larger chips")
         return
@@ -170,11 +172,13 @@ def main() -> None:
     topology = flags.DEFINE_string(
         "topology", None, "Chips, such as v5e:16x16 or v5p:2x2x2.", required=True
     )
-    num_slices = flags.DEFINE_integer("num_slices", 1, "How many of them, as one cluster.", 1)
-    workdir = flags.DEFINE_string("workdir", None, "Of the run: whether it can be written to.")
-    json_path = flags.DEFINE_string("json", None, "File for all numbers.")
-    ways = flags.DEFINE_integer("ways", 3, "Ways to look for where a run does not fit.", 0)
-    shardings = flags.DEFINE_bool("shardings", False, "Print how each parameter is split.")
+    num_slices = flags.DEFINE_integer("num_slices", 1, "Number of such slices, as one cluster.", 1)
+    workdir = flags.DEFINE_string("workdir", None, "Workdir of the run, to be checked.")
+    json_path = flags.DEFINE_string("json", None, "JSON file to write all numbers to.")
+    ways = flags.DEFINE_integer(
+        "ways", 3, "Ways to look for to make a run fit, where it does not.", 0
+    )
+    shardings = flags.DEFINE_bool("shardings", False, "Print the sharding of each parameter.")
     sweeping = flags.DEFINE_bool("sweep", False, "Try batch sizes, remat and meshes, as a table.")
     batch_sizes = flags.DEFINE_list("sweep_batch_size", [], "Batch sizes; else ½, 1 and 2 times.")
     remats = flags.DEFINE_list("sweep_remat", [], "true, false or both; else both.")

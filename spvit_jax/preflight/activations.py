@@ -1,4 +1,4 @@
-"""What of the forward pass a train step keeps for the backward pass, read from the program."""
+"""Bytes of activations that a compiled train step keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from spvit_jax.preflight.hlo import HloModule, Instruction
 _FORWARD, _BACKWARD = "jvp(", "transpose("
 _INDEX = re.compile(r"\bindex=(\d+)")
 _SAME_ARRAYS = frozenset({"tuple", "get-tuple-element", "bitcast", "while"})
-# What moves an array in the background: the places of what is read and what is written.
+# Asynchronous copies (`…-start`): indices in the result of the array read and of that written.
 _MOVES = {"copy": (1, 0), "slice": (0, 1)}
 
 
 class _Buffer(NamedTuple):
-    """The piece of memory of one array: which instruction made it, and the place in its result."""
+    """Memory of one array: the instruction that made it, and the array's index in its result."""
 
     name: str
-    place: int
+    output_index: int
 
 
-Buffers = dict[str, tuple[_Buffer, ...]]  # of the arrays of each instruction's result
+Buffers = dict[
+    str, tuple[_Buffer, ...]
+]  # by the name of the instruction that has the arrays as result
 
 
 def kept_bytes(program: HloModule) -> int:
@@ -39,13 +41,13 @@ def _kept_bytes(program: HloModule, body: list[Instruction]) -> int:
     buffers = _buffers(body)
     kept = _made_forward(body, buffers) & _read_backward(body, buffers)
     ends: dict[_Buffer, int] = {}
-    for time, one in enumerate(body):
-        ends |= dict.fromkeys(_read(one, buffers), time)
+    for time, instruction in enumerate(body):
+        ends |= dict.fromkeys(_read(instruction, buffers), time)
     changes = [0] * (len(body) + 1)
-    starts = {one.name: time for time, one in enumerate(body)}
+    starts = {instruction.name: time for time, instruction in enumerate(body)}
     for buffer in kept:
         maker = program.instructions[buffer.name]
-        array = maker.arrays[buffer.place]
+        array = maker.arrays[buffer.output_index]
         if array.in_hbm and maker.opcode not in ("parameter", "constant"):
             changes[starts[buffer.name]] += array.allocated
             changes[ends[buffer] + 1] -= array.allocated
@@ -53,53 +55,55 @@ def _kept_bytes(program: HloModule, body: list[Instruction]) -> int:
 
 
 def _buffers(body: list[Instruction]) -> Buffers:
-    """Returns the memory of each instruction's result; loops work on that of their operand."""
+    """Returns the buffers of each instruction's result; loops update those of their operand."""
     buffers: Buffers = {}
-    for one in body:
-        own = tuple(_Buffer(one.name, place) for place in range(len(one.arrays)))
-        given = tuple(itertools.chain(*(buffers.get(name, ()) for name in one.operands)))
-        move, _, stage = one.opcode.rpartition("-")
-        if one.opcode == "get-tuple-element":
-            first = int(_INDEX.findall(one.attributes)[0])
+    for instruction in body:
+        own = tuple(_Buffer(instruction.name, index) for index in range(len(instruction.arrays)))
+        given = tuple(itertools.chain(*(buffers.get(name, ()) for name in instruction.operands)))
+        move, _, stage = instruction.opcode.rpartition("-")
+        if instruction.opcode == "get-tuple-element":
+            first = int(_INDEX.findall(instruction.attributes)[0])
             own = given[first : first + len(own)]
-        elif one.opcode in _SAME_ARRAYS:
+        elif instruction.opcode in _SAME_ARRAYS:
             own = given
         elif move in _MOVES:
             source, target = _MOVES[move]
             own = given[target : target + 1] if stage == "done" else _put(own, source, given[0])
-        buffers[one.name] = own
+        buffers[instruction.name] = own
     return buffers
 
 
-def _put(buffers: tuple[_Buffer, ...], place: int, buffer: _Buffer) -> tuple[_Buffer, ...]:
-    return (*buffers[:place], buffer, *buffers[place + 1 :])
+def _put(buffers: tuple[_Buffer, ...], index: int, buffer: _Buffer) -> tuple[_Buffer, ...]:
+    return (*buffers[:index], buffer, *buffers[index + 1 :])
 
 
 def _made_forward(body: list[Instruction], buffers: Buffers) -> set[_Buffer]:
-    """Returns what the forward pass writes, with the loops in it, and copies of that."""
+    """Returns the buffers that the forward pass writes, its loops included, and copies of them."""
     made: set[_Buffer] = set()
-    for one in body:
-        is_forward = _FORWARD in one.operation and _BACKWARD not in one.operation
-        is_copy = not (one.operation or _is_view(one)) and not made.isdisjoint(_read(one, buffers))
+    for instruction in body:
+        is_forward = _FORWARD in instruction.operation and _BACKWARD not in instruction.operation
+        is_copy = not (instruction.operation or _is_view(instruction)) and not made.isdisjoint(
+            _read(instruction, buffers)
+        )
         if is_forward or is_copy:
-            made.update(buffers[one.name])
+            made.update(buffers[instruction.name])
     return made
 
 
 def _read_backward(body: list[Instruction], buffers: Buffers) -> set[_Buffer]:
-    """Returns what the backward pass reads, and what copies of it were made from."""
+    """Returns the buffers that the backward pass reads, and those that they are copies of."""
     read: set[_Buffer] = set()
-    for one in reversed(body):
-        is_copied = not one.operation and not read.isdisjoint(buffers[one.name])
-        if (_BACKWARD in one.operation or is_copied) and not _is_view(one):
-            read |= _read(one, buffers)
+    for instruction in reversed(body):
+        is_copied = not instruction.operation and not read.isdisjoint(buffers[instruction.name])
+        if (_BACKWARD in instruction.operation or is_copied) and not _is_view(instruction):
+            read |= _read(instruction, buffers)
     return read
 
 
-def _is_view(one: Instruction) -> bool:
-    """Whether an instruction does nothing but name arrays."""
-    return one.opcode in _SAME_ARRAYS - {"while"}
+def _is_view(instruction: Instruction) -> bool:
+    """Returns whether an instruction only refers to arrays of its operands."""
+    return instruction.opcode in _SAME_ARRAYS - {"while"}
 
 
-def _read(one: Instruction, buffers: Buffers) -> set[_Buffer]:
-    return set(itertools.chain(*(buffers.get(name, ()) for name in one.operands)))
+def _read(instruction: Instruction, buffers: Buffers) -> set[_Buffer]:
+    return set(itertools.chain(*(buffers.get(name, ()) for name in instruction.operands)))

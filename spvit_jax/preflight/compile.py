@@ -1,4 +1,4 @@
-"""Compiles a run's steps for a topology, and reads what they need out of what the compiler made."""
+"""Compiles a run's steps for a topology, and reads memory and cost from the compiled programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spvit_jax.training import sharding
 
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
 TRAIN_STEP, EVAL_STEP = "train step", "eval step"
-# Kinds of what a step takes, by the name of its leaves; the first that matches decides.
+# (pattern of an argument's leaf name, kind of memory); the first that matches decides.
 _KINDS = (
     (r"^state/model/params/", "parameters"),
     (r"^state/ema/", "moving average"),
@@ -35,11 +35,11 @@ _KINDS = (
 
 
 class DoesNotFitError(Exception):
-    """The compiler found a program too large for a chip.
+    """A step that the compiler found too large for a chip's HBM.
 
     Attributes:
-      needed: bytes, as the compiler says.
-      step: which of the steps it is.
+      needed: bytes of HBM per chip that the compiler asks for; nan if it does not say.
+      step: `TRAIN_STEP` or `EVAL_STEP`.
     """
 
     def __init__(self, needed: float, step: str):
@@ -49,17 +49,17 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """One step of a program, as one chip runs it.
+    """Memory and cost of one compiled step on one chip.
 
     Attributes:
       memory: bytes of HBM by kind; together they are the compiler's own total.
-      flops: of products (two for a multiply-add), as they stand in the compiled program.
-      hbm_bytes: that instructions read from HBM and write there.
-      collectives: what is sent to other chips.
+      flops: FLOPs of the products in the compiled program, two per multiply-add.
+      hbm_bytes: bytes that instructions read from HBM and write there.
+      collectives: communication with other chips.
       compiler: the compiler's own figures, for comparison: its sizes, and its analysis of
         operations and bytes, in which a loop counts once and fast memory like HBM.
-      unknown_loops: how many loops are counted as if they ran once.
-      seconds: that the compiler took.
+      unknown_loops: number of loops that are counted as if they ran once.
+      seconds: compile time.
     """
 
     memory: dict[str, int]
@@ -72,29 +72,33 @@ class CompiledStep:
 
     @property
     def total(self) -> int:
-        """Bytes of HBM."""
+        """Bytes of HBM per chip that the step needs."""
         return sum(self.memory.values())
 
     @property
     def sent(self) -> float:
-        """Bytes that the chip sends to others of its slice."""
-        return sum(one.sent for one in self.collectives if one.axis != BETWEEN_SLICES)
+        """Bytes that a chip sends to others of its slice in a step."""
+        return sum(
+            collective.sent for collective in self.collectives if collective.axis != BETWEEN_SLICES
+        )
 
     @property
     def sent_to_slices(self) -> float:
-        """Bytes that the chip sends to other slices."""
-        return sum(one.sent for one in self.collectives if one.axis == BETWEEN_SLICES)
+        """Bytes that a chip sends to other slices in a step."""
+        return sum(
+            collective.sent for collective in self.collectives if collective.axis == BETWEEN_SLICES
+        )
 
 
 def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> CompiledStep:
-    """Compiles a jitted step and reads its cost off the compiled program.
+    """Compiles a jitted step and reads memory and cost from the compiled program.
 
     Args:
       name: `TRAIN_STEP` or `EVAL_STEP`.
-      step: jitted; of `training.run`.
-      arguments: in order, under the names that `CompiledStep.memory` is sorted by; shapes with
-        shardings.
-      mesh: of a `topology.Topology`.
+      step: jitted step of a `TrainingRun`.
+      arguments: arguments of the step in order, as shapes with shardings; `CompiledStep.memory`
+        is sorted by their names.
+      mesh: mesh of the devices of a `topology.Topology`.
 
     Raises:
       DoesNotFitError: the compiler ran out of the chip's memory.
@@ -109,14 +113,14 @@ def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh)
         raise DoesNotFitError(needed, name) from error
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
-    done = count_cost(program)
+    cost = count_cost(program)
     num_slices = sharding.num_slices(mesh)
     in_a_slice = {**mesh.shape, "data": mesh.shape["data"] // num_slices}
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return CompiledStep(
         memory=_memory(compiled.input_formats[0], arguments, sizes, kept_bytes(program)),
-        flops=2.0 * done.macs,
-        hbm_bytes=float(done.hbm_bytes),
+        flops=2.0 * cost.macs,
+        hbm_bytes=float(cost.hbm_bytes),
         collectives=collectives(program, in_a_slice, num_slices),
         compiler={
             "arguments": sizes.argument_size_in_bytes,
@@ -135,7 +139,7 @@ def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh)
 def _memory(
     formats: Any, arguments: Mapping[str, Any], sizes: Any, activations: int
 ) -> dict[str, int]:
-    """Returns the bytes of HBM by kind: of each argument in its layout, and of what is beside."""
+    """Returns the bytes of HBM by kind: arguments in their layouts, outputs, temporaries, code."""
     memory = {kind: 0 for _, kind in _KINDS}
     placed = dict(zip(arguments, formats, strict=True))
     layouts = {name: leaf.layout for name, leaf in named_leaves(placed).items() if leaf is not None}
@@ -151,7 +155,7 @@ def _memory(
 
 
 def _padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> int:
-    """Returns the bytes of one chip's part of an array: whole tiles of its layout."""
+    """Returns the bytes of one chip's shard of an array, padded to whole tiles of its layout."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     itemsize = leaf.dtype.itemsize
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -162,7 +166,7 @@ def _padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> int:
 
 
 def _needed(message: str) -> float | None:
-    """Returns the bytes that a program needs, if an error of the compiler is about that."""
+    """Returns the bytes of HBM that a compiler error says are needed; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)

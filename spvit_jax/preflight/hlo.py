@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program: which instructions run on a chip, how often, on what.
+"""Parser of compiled HLO: the instructions that a chip runs, how often, and on which arrays.
 
-The text is XLA's (HLO after all passes). Nothing here knows what the program is for.
+The text is XLA's, after all passes. Nothing here knows what the program is for.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Array:
     """One array of an instruction's result.
 
     Attributes:
-      shape: on one chip.
-      itemsize: bytes of an element.
-      in_hbm: whether it lies in the chip's main memory, not in one of its small fast ones.
-      allocated: its bytes in whole tiles of its layout.
+      shape: shape on one chip.
+      itemsize: bytes per element.
+      in_hbm: whether the array is in HBM, not in one of the chip's smaller and faster memories.
+      allocated: bytes of the array with the padding of its layout, in whole tiles.
     """
 
     shape: tuple[int, ...]
@@ -37,21 +37,21 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes, without the padding of its layout."""
+        """Bytes of the array without the padding of its layout."""
         return math.prod(self.shape) * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One HLO instruction: a line of a computation.
 
     Attributes:
-      name: unique in the program.
-      opcode: such as `all-gather`.
-      arrays: of its result.
-      operands: names of other instructions.
-      attributes: the rest of the line.
-      is_root: whether it is the computation's result.
+      name: name of the instruction, unique in the program.
+      opcode: HLO opcode, such as `all-gather`.
+      arrays: arrays of the result.
+      operands: names of the instructions whose results are read.
+      attributes: the rest of the line, after the operands.
+      is_root: whether the computation returns this instruction's result.
     """
 
     name: str
@@ -63,95 +63,119 @@ class Instruction:
 
     @property
     def operation(self) -> str:
-        """The name that JAX gave to what it is for, such as `jit(step)/jvp()/add`, or nothing."""
+        """JAX's name of the operation (`op_name`), such as `jit(step)/jvp()/add`; may be empty."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
-        """Returns the computation that an attribute such as `body` names."""
+        """Returns the name of the computation in an attribute such as `body`; None without it."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class HloModule:
-    """The computations of a program, and which of them is run first.
+    """The computations of a compiled program, and the name of its entry computation.
 
     Attributes:
-      computations: instructions in order, under the computation's name.
-      entry: name of the first.
+      computations: instructions of each computation in order, by its name.
+      entry: name of the entry computation.
     """
 
     computations: dict[str, list[Instruction]]
     entry: str
 
-    def entered(self, one: Instruction) -> list[str]:
-        """Returns the computations that an instruction runs, one after the other."""
-        if one.opcode == "while":
-            return [one.called("body") or ""]
-        if one.opcode == "conditional":  # as if all were taken: not less than what is
-            return _branches(one)
-        return [one.called("to_apply") or ""] if one.opcode == "call" else []
+    def called_computations(self, instruction: Instruction) -> list[str]:
+        """Returns the names of the computations that an instruction runs, in order."""
+        if instruction.opcode == "while":
+            return [instruction.called("body") or ""]
+        if instruction.opcode == "conditional":  # all branches: an upper bound
+            return _branches(instruction)
+        return [instruction.called("to_apply") or ""] if instruction.opcode == "call" else []
 
     def sequences(self, computation: str | None = None) -> Iterator[list[Instruction]]:
-        """Yields each computation that a chip runs, its instructions in order."""
+        """Yields the instructions of each computation that a chip runs, in order.
+
+        Args:
+          computation: computation to start from; the entry computation if not given.
+        """
         body = self.computations[computation or self.entry]
         yield body
-        for name in itertools.chain(*map(self.entered, body)):
+        for name in itertools.chain(*map(self.called_computations, body)):
             yield from self.sequences(name)
 
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
-        """All instructions under their names."""
-        return {one.name: one for body in self.computations.values() for one in body}
+        """All instructions of the program by name."""
+        return {
+            instruction.name: instruction
+            for body in self.computations.values()
+            for instruction in body
+        }
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[Executed]:
-        """Yields the instructions that a chip runs, those inside of loops with their number."""
-        for one in self.computations[computation or self.entry]:
-            entered = self.entered(one)
-            if not entered:
-                yield Executed(one, times)
-            rounds = (self.trips(one) or 1) if one.opcode == "while" else 1
-            for name in entered:
-                yield from self.executed(name, times * rounds)
+        """Yields the instructions that a chip runs, each with the number of times that it runs.
+
+        Args:
+          computation: computation to start from; the entry computation if not given.
+          times: number of times the computation runs.
+        """
+        for instruction in self.computations[computation or self.entry]:
+            called = self.called_computations(instruction)
+            if not called:
+                yield Executed(instruction, times)
+            iterations = (self.trip_count(instruction) or 1) if instruction.opcode == "while" else 1
+            for name in called:
+                yield from self.executed(name, times * iterations)
 
     def loops_of_unknown_length(self) -> int:
-        """Returns how many loops are counted as if they ran once."""
-        loops = [one for one in self.instructions.values() if one.opcode == "while"]
-        return sum(self.trips(loop) is None for loop in loops)
+        """Returns the number of loops without a known trip count, which count as one iteration."""
+        loops = [
+            instruction
+            for instruction in self.instructions.values()
+            if instruction.opcode == "while"
+        ]
+        return sum(self.trip_count(loop) is None for loop in loops)
 
-    def trips(self, loop: Instruction) -> int | None:
-        """Returns how often a loop runs: of one that counts from 0, its limit; else None."""
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Returns the trip count of a loop: XLA's, or the constant that it counts to; else None."""
         known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
         if known:
             return int(known[1])
         condition = self.computations[loop.called("condition") or ""]
-        root = next(one for one in condition if one.is_root)
+        root = next(instruction for instruction in condition if instruction.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
         limit = self.instructions[root.operands[1]]
         value = re.match(r"\((\d+)\)", limit.attributes) if limit.opcode == "constant" else None
         return int(value[1]) if value else None
 
-    def inside(self, one: Instruction) -> Iterator[Instruction]:
-        """Yields an instruction, or where it is a fusion, what was fused."""
-        fused = one.called("calls") if one.opcode == "fusion" else None
+    def fused_instructions(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yields the instructions inside a fusion; any other instruction as it is."""
+        fused = instruction.called("calls") if instruction.opcode == "fusion" else None
         if fused is None:
-            yield one
+            yield instruction
         else:
             for inner in self.computations[fused]:
-                yield from self.inside(inner)
+                yield from self.fused_instructions(inner)
 
 
 class Executed(NamedTuple):
-    """An instruction, and how often it runs in one step."""
+    """An instruction, and the number of times that it runs in one step."""
 
     instruction: Instruction
     times: int
 
 
 def parse(text: str) -> HloModule:
-    """Reads `compiled.as_text()`."""
+    """Parses the text of a compiled program.
+
+    Args:
+      text: result of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -172,7 +196,7 @@ def parse(text: str) -> HloModule:
 
 
 def _instruction(name: re.Match[str], rest: str) -> Instruction:
-    """Reads what follows `%name = `: a type, an opcode, operands, attributes."""
+    """Parses an instruction from what follows `%name = `: type, opcode, operands, attributes."""
     end = _end_of_type(rest)
     opcode, _, tail = rest[end:].lstrip().partition("(")
     operands, _, attributes = tail.partition(")")
@@ -192,10 +216,10 @@ def _end_of_type(text: str) -> int:
     if not text.startswith("("):
         return text.index(" ")
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if not depth:
-            return place + 1
+            return index + 1
     raise ValueError(f"cannot read {text[:200]!r}")
 
 
@@ -212,10 +236,15 @@ def _array(item: re.Match[str]) -> Array:
 
 
 def padded_size(sides: Sequence[int], tile: Sequence[int]) -> int:
-    """Returns how many elements an array takes, major axis first, of which tiles are whole."""
+    """Returns the number of elements of an array padded to whole tiles.
+
+    Args:
+      sides: sizes of the axes, the major one first.
+      tile: sizes of a tile along the last axes; empty for none.
+    """
     sides = [1] * (len(tile) - len(sides)) + list(sides)
-    for place, side in enumerate(reversed(tile), start=1):
-        sides[-place] = math.ceil(sides[-place] / side) * side
+    for index, side in enumerate(reversed(tile), start=1):
+        sides[-index] = math.ceil(sides[-index] / side) * side
     return math.prod(sides)
 
 

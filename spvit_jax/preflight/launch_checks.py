@@ -1,6 +1,6 @@
-"""What a launch needs beside a program: data, label maps, weights to start from, a workdir.
+"""Checks of what a launch needs besides a program: data, label maps, initial weights, a workdir.
 
-Each is looked at in seconds, with the code that training uses, and nothing is changed.
+Each takes seconds, uses the code of training, and changes nothing.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from spvit_jax.training.run import DataSize, TrainingRun
 T = TypeVar("T")
 
 OK, ABSENT, WRONG = "ok", "not here", "wrong"
-# Of ImageNet-1K, by the name of the split: what a run can be planned with where the data is not.
+# Examples of ImageNet-1K by split, with which a run is planned where the data is not.
 _IMAGENET = {"train": 1_281_167, "validation": 50_000}
-_PUBLISHED_LABEL_MAP = (5, 18, 18)  # of the token labels that LV-ViT's authors made
+_PUBLISHED_LABEL_MAP = (5, 18, 18)  # (K, h, w) of the token labels that LV-ViT's authors made
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check of a launch.
 
     Attributes:
-      what: it is.
-      state: `OK`, `WRONG`, or `ABSENT` for data that is not on this machine but known.
-      words: what was found.
+      what: name of the thing that was checked, such as "data".
+      state: `OK`, `WRONG`, or `ABSENT` for data that is not on this machine but of known size.
+      words: description of what was found, or the error.
     """
 
     what: str
@@ -50,7 +50,7 @@ class Check:
 
 
 class _ImageNet:
-    """ImageNet-1K by its numbers alone, where the data are not; a `Source` to be counted."""
+    """A `Source` with the size and classes of ImageNet-1K and no examples, for counting."""
 
     several_labels = False
 
@@ -65,15 +65,21 @@ class _ImageNet:
         return indices
 
     def labels(self) -> np.ndarray:
-        """Returns labels that are as even over the classes as the real ones nearly are."""
+        """Returns labels, int [examples], as even over the classes as the real ones nearly are."""
         return np.arange(self._size) % self.num_classes
 
 
 def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
-    """Counts the data that a configuration names.
+    """Counts the data that a configuration names, and checks its label maps.
+
+    Args:
+      config: configuration, as `spvit_jax.config.base`.
+
+    Returns:
+      The size of the data, and the checks.
 
     Raises:
-      InputError: it is neither on this machine nor known, so that no run can be planned.
+      InputError: the data is neither on this machine nor of known size.
     """
     data = config.data
     splits = {data.train_split, data.eval_split} - {datasets.MINIVAL}
@@ -107,7 +113,7 @@ def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
 
 
 def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
-    """Looks at the workdir and at the weights that a run starts from."""
+    """Checks the workdir, unless it is None, and the weights that a run starts from."""
     checks = []
     if workdir is not None:
         checks.append(_check("workdir", lambda: _workdir(run, workdir))[1])
@@ -116,9 +122,9 @@ def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
     return checks
 
 
-def _check(what: str, look: Callable[[], tuple[T, str]]) -> tuple[T | None, Check]:
+def _check(what: str, check: Callable[[], tuple[T, str]]) -> tuple[T | None, Check]:
     try:
-        value, words = look()
+        value, words = check()
     except InputError as error:
         return None, Check(what, WRONG, str(error))
     return value, Check(what, OK, words)
@@ -137,7 +143,7 @@ def _init_from(run: TrainingRun) -> tuple[None, str]:
 
 
 def _workdir(run: TrainingRun, workdir: pathlib.Path) -> tuple[None, str]:
-    """Checks that a workdir can be written to, is not another run's, and has room."""
+    """Checks that a workdir can be written to, is not another run's, and has enough disk space."""
     in_use = checkpoint.newest(workdir) is not None
     config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
     parent = next(

@@ -1,4 +1,4 @@
-"""Sets up a process on a machine without a TPU for compiling for one."""
+"""Setup of libtpu for compiling on a machine without a TPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 
 from spvit_jax.errors import InputError
 
-# libtpu asks these of the machine it believes to run on, and complains at length without an answer.
-_ANSWERS = {
+# libtpu asks a TPU host for these, and logs pages of errors where they are not set.
+_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -20,7 +20,7 @@ _ANSWERS = {
 
 
 def prepare() -> None:
-    """Makes JAX compute on the CPU and libtpu ready to compile; call before any array is made.
+    """Sets JAX to the CPU and libtpu up for compiling; to be called before any array is made.
 
     Raises:
       InputError: libtpu is not installed.
@@ -30,6 +30,6 @@ def prepare() -> None:
             "libtpu, the TPU's compiler, is not installed; it runs on any Linux machine with an "
             "x86 CPU: pip install -r requirements-tpu.txt"
         )
-    for name, answer in _ANSWERS.items():
-        os.environ.setdefault(name, answer)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

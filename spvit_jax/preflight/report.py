@@ -1,4 +1,4 @@
-"""What was compiled, as lines of text to read and as a dictionary of numbers."""
+"""Reports of compiled runs and trials, as text to read and as dictionaries for JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spvit_jax.training.run import TrainingRun
 
 
 def describe(run: TrainingRun, topology: Topology) -> str:
-    """Returns what is compiled, in a few lines."""
+    """Returns a summary of a run before it is compiled: topology, model, steps, state."""
     config, mesh = run.config, run.mesh.shape
     size = "×".join(map(str, run.model.image_shape))
     remat = ", blocks recomputed" if run.model.remat else ""
@@ -32,7 +32,7 @@ def describe(run: TrainingRun, topology: Topology) -> str:
 
 
 def as_text(compiled: CompiledRun) -> str:
-    """Returns what both steps need and their roofline, in lines."""
+    """Returns the memory and cost of both steps and their roofline as lines of text."""
     run, train, chip = compiled.run, compiled.train, compiled.chip
     limits, seconds = compiled.roofline, compiled.roofline.seconds
     lines = [
@@ -53,13 +53,13 @@ def as_text(compiled: CompiledRun) -> str:
         f"  {'memory traffic':<28}{train.hbm_bytes / 1e9:9.3f} GB",
     ]
     lines += [
-        f"  {f'{one.kind} over {one.axis}':<28}{one.sent / 1e9:9.3f} GB sent, "
-        f"{one.count} {'time' if one.count == 1 else 'times'}"
-        for one in train.collectives
+        f"  {f'{collective.kind} over {collective.axis}':<28}{collective.sent / 1e9:9.3f} GB sent, "
+        f"{collective.count} {'time' if collective.count == 1 else 'times'}"
+        for collective in train.collectives
     ]
     if train.unknown_loops:
         lines.append(f"  {train.unknown_loops} loops of unknown length count as if they ran once")
-    each = ", ".join(f"{name} {1000 * one:.3f}" for name, one in limits._asdict().items() if one)
+    each = ", ".join(f"{name} {1000 * s:.3f}" for name, s in limits._asdict().items() if s)
     lines += [
         "",
         "at best",
@@ -73,7 +73,12 @@ def as_text(compiled: CompiledRun) -> str:
 
 
 def verdict(topology: Topology, needed: float) -> str:
-    """Returns in one line whether a run fits."""
+    """Returns in one line whether a run fits in the memory of a topology's chips.
+
+    Args:
+      topology: the chips.
+      needed: HBM bytes per chip that the run needs.
+    """
     usable = topology.chip.usable_hbm
     return (
         f"{'fits' if needed <= usable else 'does not fit'}: a chip of {topology.name} needs "
@@ -82,7 +87,10 @@ def verdict(topology: Topology, needed: float) -> str:
 
 
 def as_dict(compiled: CompiledRun) -> dict[str, Any]:
-    """Returns a compiled run for JSON: bytes, operations and seconds, per chip unless said."""
+    """Returns the numbers of a compiled run for JSON: bytes, FLOPs, seconds and rates.
+
+    Those of the steps are per chip, images per second and chip-hours of all chips.
+    """
     run, limits = compiled.run, compiled.roofline
     return {
         "libtpu": importlib.metadata.version("libtpu"),
@@ -119,8 +127,13 @@ def _step(step: CompiledStep) -> dict[str, Any]:
         "flops": step.flops,
         "hbm_bytes": step.hbm_bytes,
         "collectives": [
-            {"kind": one.kind, "axis": one.axis, "count": one.count, "sent_bytes": one.sent}
-            for one in step.collectives
+            {
+                "kind": collective.kind,
+                "axis": collective.axis,
+                "count": collective.count,
+                "sent_bytes": collective.sent,
+            }
+            for collective in step.collectives
         ],
         "loops_of_unknown_length": step.unknown_loops,
         "compiler": step.compiler,
@@ -129,7 +142,7 @@ def _step(step: CompiledStep) -> dict[str, Any]:
 
 
 def trial_text(trial: Trial) -> str:
-    """Returns a trial in one line."""
+    """Returns a trial as one line of text."""
     if trial.compiled is None or not trial.fits:
         return f"  {as_flags(trial.changes):<58} {trial.reason}"
     compiled = trial.compiled
@@ -140,7 +153,7 @@ def trial_text(trial: Trial) -> str:
 
 
 def trial_dict(trial: Trial) -> dict[str, Any]:
-    """Returns a trial as JSON can hold it."""
+    """Returns the numbers of a trial for JSON."""
     compiled = None if trial.compiled is None else as_dict(trial.compiled)
     return {
         "changes": trial.changes,
@@ -152,7 +165,7 @@ def trial_dict(trial: Trial) -> dict[str, Any]:
 
 
 def table(trials: list[Trial]) -> str:
-    """Returns trials as a Markdown table."""
+    """Returns the trials of a sweep as a Markdown table."""
     head = (
         "batch",
         "remat",
@@ -183,7 +196,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def shardings(run: TrainingRun) -> str:
-    """Returns how each parameter is split: its name, shape, placement and the part of a chip."""
+    """Returns lines with each parameter's name, shape, `PartitionSpec` and shape on a chip."""
     lines = ["parameters: shape, placement, a chip's part"]
     for name, leaf in named_leaves(run.abstract.model.params).items():
         part = "×".join(map(str, leaf.sharding.shard_shape(leaf.shape)))

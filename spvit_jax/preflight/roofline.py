@@ -1,4 +1,4 @@
-"""The roofline of a run on a topology: the memory that it needs, and how fast it can be at best."""
+"""The roofline of a run on a topology: memory needed per chip, and the least time of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from spvit_jax.training.run import TrainingRun
 
 
 class Roofline(NamedTuple):
-    """Seconds that a step takes at least, by what it waits for."""
+    """Least seconds of a step by each limit.
+
+    Attributes:
+      compute: seconds of its FLOPs at the chip's peak.
+      memory: seconds of its HBM traffic.
+      interconnect: seconds of its communication within a slice (ICI).
+      network: seconds of its communication between slices (DCN).
+    """
 
     compute: float
     memory: float
@@ -22,24 +29,24 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The largest: all four could go on at the same time."""
+        """Least seconds of a step: the largest of the four, which may overlap."""
         return max(self)
 
     @property
     def by(self) -> str:
-        """Which it is."""
+        """Name of the limit that takes longest."""
         return self._fields[self.index(self.seconds)]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRun:
-    """A run, and its two steps as the compiler made them.
+    """A run with both of its steps compiled for a topology.
 
     Attributes:
-      run: what was compiled.
-      topology: for which.
-      train: the train step.
-      evaluation: the eval step.
+      run: the run.
+      topology: the chips that it is compiled for.
+      train: the compiled train step.
+      evaluation: the compiled eval step.
     """
 
     run: TrainingRun
@@ -49,12 +56,12 @@ class CompiledRun:
 
     @property
     def chip(self) -> Chip:
-        """What it runs on."""
+        """Peak figures of the topology's chips."""
         return self.topology.chip
 
     @property
     def resident(self) -> int:
-        """Bytes of HBM that the train state keeps while the eval step runs on its weights."""
+        """HBM bytes per chip of the train state that stay allocated while the eval step runs."""
         return sum(
             self.train.memory.get(kind, 0)
             for kind in ("parameters", "moving average", "optimizer", "other state", "teacher")
@@ -62,36 +69,36 @@ class CompiledRun:
 
     @property
     def needed(self) -> int:
-        """Bytes of HBM that a chip must have: for training, or for evaluation if that is more."""
+        """HBM bytes per chip that the run needs: those of training or of evaluation, if more."""
         return max(self.train.total, self.evaluation.total + self.resident)
 
     @property
     def too_large(self) -> str | None:
-        """Which of the steps a chip has no room for; None if it has."""
+        """The step that does not fit in a chip's memory; None if both do."""
         if self.needed <= self.chip.usable_hbm:
             return None
         return TRAIN_STEP if self.train.total > self.chip.usable_hbm else EVAL_STEP
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has room for both steps."""
+        """Whether both steps fit in the chips' memory."""
         return self.too_large is None
 
     @property
     def roofline(self) -> Roofline:
-        """The least time of a step of training."""
+        """Roofline of the train step."""
         return roofline(self.train, self.chip)
 
     @property
     def images_per_second(self) -> float:
-        """Of training, over all chips, at the bound."""
+        """Training images per second over all chips, at the roofline."""
         return self.run.config.data.batch_size / self.roofline.seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation at the bound: 6 operations per multiply-add of the model.
+        """Model FLOPs utilisation at the roofline: 6 FLOPs per multiply-add of the model.
 
-        What is computed twice to save memory does not count; a teacher's forward pass does.
+        Recomputation (remat) does not count; a teacher's forward pass does.
         """
         flops = 6 * count_macs(self.run.model)
         if self.run.teacher is not None:
@@ -100,13 +107,13 @@ class CompiledRun:
 
     @property
     def hours(self) -> float:
-        """Of the whole recipe at the bound, its evaluations included."""
+        """Hours of the whole run at the roofline, its evaluations included."""
         evaluation = roofline(self.evaluation, self.chip).seconds * self.run.eval_steps
         return (self.roofline.seconds * self.run.steps + evaluation) / 3600
 
 
 def roofline(step: CompiledStep, chip: Chip) -> Roofline:
-    """Returns the roofline of a step: no chip computes, reads or sends faster."""
+    """Returns the roofline of a step on a chip: the least time by each of its peak figures."""
     return Roofline(
         compute=step.flops / chip.flops,
         memory=step.hbm_bytes / chip.hbm_bandwidth,

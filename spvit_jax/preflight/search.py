@@ -1,4 +1,4 @@
-"""What to change so that a run fits its chips: candidates by their likely cost, each compiled."""
+"""Search for changes with which a run fits in memory: likely cheap ones first, each compiled."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from spvit_jax.preflight.topology import GIB, Chip, Topology
 from spvit_jax.training import sharding
 from spvit_jax.training.run import TrainingRun
 
-Changes = dict[str, Any]  # of a configuration, by names such as "model.remat"
+Changes = dict[str, Any]  # values of configuration fields, by names such as "model.remat"
 Replan = Callable[[Changes], TrainingRun]
-_TRIES = 9  # compilations at most
-# Share of the temporaries that is left when blocks are recomputed; a guess, for the order alone.
-_LEFT_BY_REMAT = 0.4
+_MAX_TRIALS = 9
+# Fraction of temporaries that remains with remat; an estimate, for the order alone.
+_REMAT_FRACTION = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A configuration that was compiled.
+    """A configuration with some changes, and the result of compiling it.
 
     Attributes:
-      changes: what is different.
-      compiled: its steps; None where it does not fit.
-      needed: bytes of HBM per chip; None where no program can be made of it.
-      reason: why it cannot be run.
-      too_large: the step that does not fit, if that is why.
+      changes: configuration fields that differ from the given configuration.
+      compiled: the run with its compiled steps; None where there was an error.
+      needed: HBM bytes per chip; None where the configuration is no valid run.
+      reason: reason why the configuration cannot be run; empty if it can.
+      too_large: step that does not fit in memory, if there is one.
     """
 
     changes: Changes
@@ -44,12 +44,18 @@ class Trial:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be run."""
+        """Whether the configuration is a valid run and both steps fit in memory."""
         return self.needed is not None and self.too_large is None
 
 
 def compile_trial(replan: Replan, topology: Topology, changes: Changes) -> Trial:
-    """Compiles what a run becomes with changes, which may fail."""
+    """Compiles a run with some changes; the trial says so where that fails.
+
+    Args:
+      replan: function from changes to the run with them.
+      topology: chips to compile for.
+      changes: configuration fields to change.
+    """
     try:
         compiled = compile_run(replan(changes), topology)
     except DoesNotFitError as error:
@@ -73,25 +79,25 @@ def search(
 ) -> list[Trial]:
     """Finds ways to make a run fit, the fastest first.
 
-    Where it is the evaluation that does not fit, it is tried again with smaller batches of it.
+    Where the eval step does not fit, smaller eval batches are tried.
 
     Args:
-      run: that does not fit.
-      topology: which it does not fit.
-      replan: from changes of its configuration to the run that they make of it.
-      failed: the trial of it as it is.
-      ways: how many to look for.
-      report: is told of each trial.
+      run: run that does not fit.
+      topology: chips that the run does not fit in.
+      replan: function from changes of the configuration to the run with them.
+      failed: trial of the run without changes.
+      ways: number of ways to look for.
+      report: function that is called with each trial.
 
     Returns:
-      At most so many that fit, each compiled; there may be none.
+      At most `ways` trials that fit, each compiled; there may be none.
     """
     options: Iterator[Changes] = iter(())
     if failed.needed is not None and failed.too_large == TRAIN_STEP:
         options = candidates(run, topology.chip, failed.needed)
     found: list[Trial] = []
     trial, changes, evaluation = failed, Changes(), Changes()
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIALS):
         smaller = _smaller_evaluation(run, topology.chip, trial)
         if smaller is not None:
             evaluation = {"data.eval_batch_size": smaller}
@@ -109,11 +115,17 @@ def search(
 
 
 def candidates(run: TrainingRun, chip: Chip, needed: float) -> Iterator[Changes]:
-    """Yields changes that may make a run fit, those that cost little first.
+    """Yields changes with which a run may fit in memory, those that cost little first.
 
     Recomputing blocks costs a third more operations; splitting parameters costs communication;
     micro-batches cost nothing but small matrices, and where parameters are split communicate for
-    each. Several at once come last. What cannot be enough by far is left out.
+    each. Several changes at once come last. Those whose estimate is above a chip's memory
+    are left out.
+
+    Args:
+      run: run that does not fit.
+      chip: peak figures of its chips.
+      needed: HBM bytes per chip that the run needs.
     """
     usable = chip.usable_hbm
     chips, parts = run.mesh.size, run.config.optim.accumulate
@@ -141,22 +153,22 @@ def candidates(run: TrainingRun, chip: Chip, needed: float) -> Iterator[Changes]
             if not is_split:
                 changes["mesh.sharding"] = "fsdp"
         estimate = state * fsdp / split
-        estimate += rest * parts / count * (_LEFT_BY_REMAT if remat else 1)
+        estimate += rest * parts / count * (_REMAT_FRACTION if remat else 1)
         if changes and estimate <= usable:
             estimates.append(((len(_kinds(changes)), count, remat, split), changes))
-    # Of each combination of kinds the mildest first, and one stronger in case it is not enough.
+    # Of each combination of fields the mildest first, then one that is stronger.
     ranked = sorted(estimates, key=lambda pair: pair[0])
     by_kind: dict[frozenset[str], list[Changes]] = {}
     for _, changes in ranked:
         by_kind.setdefault(_kinds(changes), []).append(changes)
     for rank in range(2):
-        for same in by_kind.values():
-            if len(same) > rank:
-                yield same[rank]
+        for options in by_kind.values():
+            if len(options) > rank:
+                yield options[rank]
 
 
 def _smaller_evaluation(run: TrainingRun, chip: Chip, trial: Trial) -> int | None:
-    """Returns the largest batch of evaluation that may fit, if that of a trial does not."""
+    """Returns the largest eval batch size that may fit, if that of a trial does not."""
     if trial.too_large != EVAL_STEP or trial.needed is None:
         return None
     fsdp = run.config.mesh.fsdp
@@ -170,7 +182,7 @@ def _smaller_evaluation(run: TrainingRun, chip: Chip, trial: Trial) -> int | Non
 
 
 def _state_bytes(run: TrainingRun) -> int:
-    """Returns what a chip has of a run's state."""
+    """Returns the bytes per chip of a run's train state."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in named_leaves(run.abstract).values()
@@ -182,5 +194,5 @@ def _kinds(changes: Changes) -> frozenset[str]:
 
 
 def as_flags(changes: Changes) -> str:
-    """Returns changes as they are given on the command line."""
+    """Returns changes as flags of the command line."""
     return " ".join(f"--config.{name}={value}" for name, value in changes.items()) or "as it is"

@@ -1,4 +1,4 @@
-"""What TPU chips can do, and which of them a name such as `v5e:16x16` stands for."""
+"""Peak figures of TPU chips, and topologies by names such as `v5e:16x16`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak figures of one chip.
+    """Peak figures of one TPU chip.
 
     Attributes:
-      name: as the first part of a topology's name.
-      hbm: bytes of memory, by the documentation.
-      usable_hbm: bytes of it that the compiler gives to a program; the runtime keeps the rest.
-      hbm_bandwidth: bytes/s.
-      flops: bfloat16 operations/s, two per multiply-add.
+      name: kind of chip, the first part of a topology's name.
+      hbm: bytes of HBM, by the documentation.
+      usable_hbm: bytes of HBM that the compiler gives to a program; the runtime keeps the rest.
+      hbm_bandwidth: bytes/s between HBM and the chip.
+      flops: bfloat16 FLOPs/s, two per multiply-add.
       ici_bandwidth: bytes/s that leave the chip over all its links to other chips together.
       dcn_bandwidth: bytes/s that leave the chip for other slices, over the data center's network;
         None where Google gives no figure.
-      shapes: of slices, in chips.
-      most_chips: in one slice; slices of cubes of 4×4×4 come in more shapes than `shapes`.
-      options: what the compiler must be told, so that one device is one chip.
+      shapes: shapes of slices, in chips.
+      most_chips: chips in the largest slice; slices of cubes of 4×4×4 come in more shapes than
+        `shapes`.
+      options: options of the compiler with which one device is one chip.
     """
 
     name: str
@@ -72,13 +73,13 @@ CHIPS: dict[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips that are wired up.
+    """One or several TPU slices as the compiler describes them.
 
     Attributes:
-      name: such as `v5e:16x16`, or `2 slices of v5e:16x16`.
-      chip: what each of them is.
-      devices: descriptions of them, of which a mesh can be made.
-      hosts: how many machines they are in, as the compiler has it: four chips each.
+      name: name with the number of slices, such as `v5e:16x16`, or `2 slices of v5e:16x16`.
+      chip: peak figures of each chip.
+      devices: descriptions of the chips, of which a mesh can be made.
+      hosts: number of machines, as the compiler counts them: four chips each.
     """
 
     name: str
@@ -88,11 +89,11 @@ class Topology:
 
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """Returns what a topology's name stands for.
+    """Returns the topology of a name.
 
     Args:
       name: a chip and a shape in chips, such as `v5e:16x16` or `v5p:2x2x2`.
-      num_slices: how many such slices, between which there is the data center's network alone.
+      num_slices: number of such slices, connected by the data center's network alone.
 
     Raises:
       InputError: there is no such topology.
@@ -130,7 +131,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
 
 
 def _of_cubes(chip: Chip, shape: str) -> bool:
-    """Returns whether a shape is of whole cubes of 4×4×4 chips, and the chip comes in them."""
+    """Returns whether a shape is made of cubes of 4×4×4 chips, and the chip comes in them."""
     if chip.shapes is not _CUBIC or not re.fullmatch(r"\d+x\d+x\d+", shape):
         return False
     whole = all(int(side) % 4 == 0 for side in shape.split("x"))
@@ -138,5 +139,5 @@ def _of_cubes(chip: Chip, shape: str) -> bool:
 
 
 def _count(shape: str) -> int:
-    """Returns how many chips a shape asks for, whatever else its text says."""
+    """Returns the number of chips of a shape such as `16x16`, also of text that is no shape."""
     return math.prod(int(side) for side in re.findall(r"\d+", shape))

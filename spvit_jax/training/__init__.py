@@ -1,1 +1,1 @@
-"""Training: the state, the step, and all that surrounds them."""
+"""Training: state, step, losses, optimizer, sharding, checkpoints and reports."""

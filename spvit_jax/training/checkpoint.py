@@ -1,7 +1,7 @@
-"""Checkpoints: asynchronous, atomic, the last n and the best. The only file that knows orbax.
+"""Checkpoints: asynchronous, atomic, the last n and the best. The only file that uses orbax.
 
 A checkpoint is the train state as nested dictionaries under the names of its leaves, so that
-what is missing, unexpected or of another shape can be said before anything is read; and the
+what is missing, unexpected or of another shape can be reported before anything is read; and the
 configuration of its model, so that its weights can be taken to another resolution.
 """
 
@@ -31,15 +31,15 @@ from spvit_jax.training.state import Variables
 log = logging.getLogger("spvit_jax")
 
 _FOLDER = "checkpoints"  # in the workdir
-_CORRUPT = "corrupt-checkpoints"  # in the workdir: what could not be read is moved here
+_CORRUPT = "corrupt-checkpoints"  # in the workdir: for checkpoints that could not be read
 _ITEM = "default"
-_MODEL = "model"  # in an item's metadata: the model's configuration
-_CLASSES = "classes"  # likewise: their names by number
+_MODEL = "model"  # key in an item's metadata: the model's configuration
+_CLASSES = "classes"  # likewise: the names of the classes by number
 _RANKED_BY = "top1"
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last save on exit."""
+    """Checkpoints of one run; a context manager that waits for the last save on exit."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Checkpoints:
         """Opens a workdir for the checkpoints of a model, the last ones and the best.
 
         Args:
-          workdir: the folder.
-          model: whose state is saved.
-          class_names: of its classes by number, to be kept beside it; None if not known.
-          keep_last: how many of the newest checkpoints are kept.
-          keep_best: how many of the best.
+          workdir: folder of the run.
+          model: configuration of the model whose train state is saved.
+          class_names: names of the classes by number, saved with each checkpoint; None if unknown.
+          keep_last: number of the newest checkpoints to keep.
+          keep_best: number of the best checkpoints to keep.
         """
         self._workdir = workdir.resolve()
         self._metadata: dict[str, Any] = {_MODEL: model.to_dict()}
@@ -83,20 +83,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # To wait for a save is to wait for all processes, which have not all failed unless the
-        # loss, which they share, has.
+        # A save ends when all processes have taken part. After an error they only do if it is one
+        # that all have, as of the loss, which they share.
         alone = jax.process_count() == 1
         if alone or error is None or isinstance(error, FloatingPointError):
             with self._writable():
                 self._manager.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Starts to save the state after a step; it is copied before this returns.
+        """Starts to save the state after a step asynchronously; it is copied before this returns.
 
         Args:
-          step: the number of steps taken.
-          state: a pytree of arrays.
-          metrics: of an evaluation at this step, by which the best checkpoint is kept.
+          step: number of steps taken.
+          state: pytree of arrays.
+          metrics: metrics of an evaluation at this step, by which the best checkpoints are kept.
 
         Raises:
           WriteError: this checkpoint, or the one before it, cannot be written.
@@ -107,19 +107,19 @@ class Checkpoints:
                 self._manager.save(step, args=item, metrics=metrics)
 
     def wait(self) -> None:
-        """Waits until everything that was saved is on the disk, for all processes.
+        """Waits until all processes have written everything that was saved to disk.
 
         Raises:
-          WriteError: it cannot be written.
+          WriteError: a checkpoint cannot be written.
         """
         with self._writable():
             self._manager.wait_until_finished()
 
     def restore(self, abstract: Any) -> Any | None:
-        """Reads the newest checkpoint that can be read; newer ones are moved aside, and said.
+        """Reads the newest readable checkpoint; moves unreadable newer ones aside, with a warning.
 
         Args:
-          abstract: a pytree like the state, of shapes with shardings.
+          abstract: pytree like the state, of shapes with shardings.
 
         Returns:
           The state, or None if there is no checkpoint.
@@ -159,7 +159,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
-        """Makes a `WriteError` of whatever a full disk makes orbax raise."""
+        """Raises a `WriteError` in place of any exception of orbax, as on a full disk."""
         try:
             yield
         except Exception as error:
@@ -177,7 +177,7 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             directory.rename(target)
-        distributed.gather("")  # the others open the folder again once it is done
+        distributed.gather("")  # other processes open the folder again after the move
         self._manager = self._open()
         return target
 
@@ -186,7 +186,7 @@ class Checkpoints:
 
 
 def newest(workdir: pathlib.Path) -> int | None:
-    """Returns the step of the newest complete checkpoint in a workdir, if there is one."""
+    """Returns the step of the newest complete checkpoint in a workdir; None without any."""
     names = [path.name for path in (workdir / _FOLDER).glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=None)
 
@@ -195,7 +195,7 @@ def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
     """Returns the directory of one checkpoint.
 
     Args:
-      path: a workdir, or a checkpoint in it.
+      path: workdir, or the directory of a checkpoint in it.
       which: "best", "last" or a step, where the path is a workdir.
 
     Raises:
@@ -224,7 +224,7 @@ def choose(checkpoint: pathlib.Path, weights: str) -> tuple[str, bool]:
     """Returns which weights of a checkpoint a choice means, and whether it has a moving average.
 
     Args:
-      checkpoint: from `find`.
+      checkpoint: directory from `find`.
       weights: "ema", "model", or "auto" for the moving average where there is one.
 
     Raises:
@@ -244,12 +244,12 @@ def choose(checkpoint: pathlib.Path, weights: str) -> tuple[str, bool]:
 def load_variables(
     checkpoint: pathlib.Path, like: Variables, *, weights: str = "auto"
 ) -> Variables:
-    """Reads the weights alone out of a checkpoint of training.
+    """Reads the weights alone from a checkpoint of training.
 
     Args:
-      checkpoint: from `find`.
-      like: the model's arrays or their shapes with shardings.
-      weights: as `choose`.
+      checkpoint: directory from `find`.
+      like: variables of the model as arrays, or as shapes with shardings.
+      weights: "ema", "model" or "auto", as in `choose`.
 
     Raises:
       InputError: the checkpoint is damaged, of another model, or has no moving average.
@@ -261,7 +261,7 @@ def load_variables(
 
 
 def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
-    """Returns what `ModelConfig.to_dict` said of a checkpoint's model, if it is there.
+    """Returns the configuration of a checkpoint's model, as of `ModelConfig.to_dict`, if saved.
 
     Raises:
       InputError: the checkpoint is damaged.
@@ -271,7 +271,7 @@ def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
 
 
 def class_names_of(checkpoint: pathlib.Path) -> ClassNames | None:
-    """Returns the names of the classes of a checkpoint's model by number, if they are there.
+    """Returns the names of a checkpoint's classes by number, if saved.
 
     Raises:
       InputError: the checkpoint is damaged.
@@ -287,13 +287,32 @@ def save_variables(
     model: ModelConfig,
     class_names: ClassNames | None = None,
 ) -> None:
-    """Writes a workdir with weights alone, as its one checkpoint, at step 0."""
+    """Writes a workdir whose one checkpoint, at step 0, has weights alone.
+
+    Args:
+      workdir: folder to write to.
+      variables: weights to save.
+      model: configuration of the model.
+      class_names: names of the classes by number; None if unknown.
+
+    Raises:
+      WriteError: the checkpoint cannot be written.
+    """
     with Checkpoints(workdir, model, class_names, keep_last=1, keep_best=1) as checkpoints:
         checkpoints.save(0, {"model": variables})
 
 
 def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = False) -> Any:
-    """Reads the arrays of `target`, nested dictionaries of shapes with shardings."""
+    """Reads the arrays of a checkpoint.
+
+    Args:
+      directory: directory of the checkpoint.
+      target: shapes with shardings, as nested dictionaries.
+      partial: whether to read only the top-level names of `target`.
+
+    Raises:
+      InputError: the arrays in the checkpoint have other names or shapes.
+    """
     expected = traverse_util.flatten_dict(target, sep="/")
     saved = _saved_shapes(directory)
     if partial:
@@ -313,9 +332,9 @@ def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = Fa
 
 
 def _reader() -> ocp.Checkpointer:
-    """Returns what reads for this process alone: others may fail to, and would not be waited for.
+    """Returns an orbax checkpointer for this process alone, which waits for no other process.
 
-    Each process reads what its devices hold, so there is nothing to do together.
+    Each process reads what its devices hold, and may fail to where others do not.
     """
     rank = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -340,7 +359,7 @@ def _metadata(directory: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
-    """Makes an `InputError` of whatever a damaged file makes orbax raise."""
+    """Raises an `InputError` in place of any exception of orbax, as for a damaged file."""
     try:
         yield
     except InputError:
@@ -350,7 +369,7 @@ def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Returns why something cannot be written, without the paths that tensorstore begins with."""
+    """Returns the reason of a failed write, without the paths that tensorstore begins with."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))

@@ -21,27 +21,28 @@ def evaluate(
     batches: AbstractContextManager[Iterator[dict[str, np.ndarray]]],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Evaluates a model on all batches.
+    """Evaluates a model on all batches, each example counted once.
 
     Args:
       eval_fn: the jitted `eval_step`.
-      model: the weights.
-      batches: as `data.pipeline.eval_batches` makes them; closed on return.
-      mesh: over which batches are spread.
+      model: weights to evaluate.
+      batches: batches as `data.pipeline.eval_batches` makes them; closed on return.
+      mesh: devices over which batches are split.
 
     Returns:
       Mean `loss`, `top1` and `top5` over the examples, and their `count`.
 
     Raises:
-      FloatingPointError: logits are not finite numbers, and a rank among them means nothing.
+      FloatingPointError: logits are not finite numbers, so that there is no accuracy.
     """
     with batches as opened:
         per_batch = [eval_fn(model, put_batch(batch, mesh)) for batch in opened]
     totals = jax.tree.map(lambda *values: jnp.stack(values).sum(), *per_batch)
-    wrong, count = (int(number) for number in totals.pop("nonfinite"))
-    if wrong:
+    nonfinite, count = (int(number) for number in totals.pop("nonfinite"))
+    if nonfinite:
         raise FloatingPointError(
-            f"the logits of {wrong} of {count} images are not finite numbers, so that there is no "
-            "accuracy; look at the weights, at data.mean and data.std, or set model.dtype=float32"
+            f"the logits of {nonfinite} of {count} images are not finite numbers, so that there is "
+            "no accuracy; look at the weights, at data.mean and data.std, or set "
+            "model.dtype=float32"
         )
     return means(totals) | {"count": count}

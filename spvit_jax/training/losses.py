@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy on the class token, and on every patch token of a dense head."""
+"""Training losses: cross-entropy on the class token, and on every patch token of a dense head."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from spvit_jax.models import Outputs
 
 
 class Targets(struct.PyTreeNode):
-    """What a model's outputs should be: class probabilities.
+    """Targets of a model's outputs: class probabilities.
 
     Attributes:
-      label: [B, C], of the image.
-      distilled: [B, C], of the distillation token; None for the image's label.
-      dense: [B, N, C], of each patch token; None for the image's label.
+      label: [B, C], targets of the image.
+      distilled: [B, C], targets of the distillation token; None for those of the image.
+      dense: [B, N, C], targets of each patch token; None for those of the image.
     """
 
     label: jax.Array
@@ -25,12 +25,12 @@ class Targets(struct.PyTreeNode):
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Returns targets [B, C] for labels int [B]: a share `smoothing` is spread over all classes."""
+    """Returns smoothed targets [B, C] of labels int [B]: `smoothing` is spread over all classes."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
 def hard_labels(logits: jax.Array) -> jax.Array:
-    """Returns a teacher's targets [B, C]: its most probable class (DeiT's hard distillation)."""
+    """Returns one-hot targets [B, C] of a teacher's top class (DeiT's hard distillation)."""
     return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
 
 
@@ -38,12 +38,12 @@ def classification_loss(outputs: Outputs, targets: Targets, dense_weight: float)
     """Returns the training loss, a scalar: the mean over the batch.
 
     Args:
-      outputs: of the model in train mode.
-      targets: for each of them.
-      dense_weight: of the dense head's loss (LV-ViT, arXiv 2104.10858), the mean over batch and
-        tokens, where there is such a head.
+      outputs: outputs of the model in train mode.
+      targets: targets of the outputs.
+      dense_weight: weight of the dense head's loss (LV-ViT, arXiv 2104.10858), the mean over batch
+        and tokens, where there is such a head.
 
-    A distillation head weighs as much as the class token's.
+    A distillation head has the weight of the class token's head.
     """
     loss = optax.softmax_cross_entropy(outputs.logits, targets.label).mean()
     if outputs.distilled is not None:

@@ -1,4 +1,4 @@
-"""Optimizers with decay by named rules, and the learning rate's schedule and layers."""
+"""Optimizers, weight decay by rules on parameter names, and learning rates by step and layer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 )
 
 NAMES = ("adamw", "lamb", "sgd")
-# What stands above all blocks.
+# Groups of parameters above all blocks.
 _TOP = ("norm", "head", "dist_head", "dense_head")
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns a pytree of bool like `params`: whether weight decay applies.
+    """Returns whether weight decay applies to each parameter, as a pytree of bool like `params`.
 
     Raises:
       ValueError: a parameter matches no rule.
@@ -54,7 +54,7 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     cooldown, and the warm-up covers its beginning.
 
     Args:
-      config: resolved; `schedule` is in steps.
+      config: resolved configuration; `schedule` is in steps.
     """
     optim, schedule = config.optim, config.schedule
     steps = max(schedule.total - schedule.cooldown, 1)
@@ -64,14 +64,14 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """Returns a pytree like `params` of factors of the learning rate: decay^(layers above).
+    """Returns factors of the learning rate, decay^(layers above), as a pytree like `params`.
 
     Embeddings are the lowest layer, then the blocks in order, then norm and heads with a factor
     of 1 (layer-wise learning rate decay, as in BEiT, arXiv 2106.08254).
 
     Args:
-      params: of a model.
-      decay: of each layer over the next.
+      params: parameters of a model.
+      decay: ratio of the learning rate of a layer to that of the next.
     """
     blocks = _count(params, "blocks")
     top = blocks + _count(params, "class_blocks") + 1
@@ -84,7 +84,7 @@ def layer_scales(params: Any, decay: float) -> Any:
         elif group == "class_blocks":
             layer = blocks + int(number) + 1
         elif group == "merges":
-            layer = _block_behind(params, int(number)) + 1
+            layer = _first_block_after(params, int(number)) + 1
         else:
             layer = top if group in _TOP else 0
         return decay ** (top - layer)
@@ -93,7 +93,7 @@ def layer_scales(params: Any, decay: float) -> Any:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer that the configuration names, after clipping if that is on.
+    """Returns the optimizer of a configuration, with clipping of gradients if that is on.
 
     AdamW (arXiv 1711.05101) and LAMB (1904.00962) decay weights by the learning rate times
     `weight_decay`, as in torch; SGD, with Nesterov's momentum `b1`, adds `weight_decay` times the
@@ -130,12 +130,12 @@ def _scale_layers(decay: float) -> optax.GradientTransformation:
 
 
 def _count(params: Any, group: str) -> int:
-    """Returns the number of blocks in a group of blocks."""
+    """Returns the number of blocks in a group of parameters, such as "blocks"."""
     return len(params[group]) if group in params else 0
 
 
-def _block_behind(params: Any, merge: int) -> int:
-    """Returns the first block of the stage that one of Swin's mergings opens."""
+def _first_block_after(params: Any, merge: int) -> int:
+    """Returns the index of the first block after one of Swin's patch mergings."""
     channels = params["merges"][merge]["reduction"]["kernel"].shape[1]
     blocks = params["blocks"]
     return min(i for i in blocks if blocks[i]["norm1"]["scale"].shape[0] == channels)

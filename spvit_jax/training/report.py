@@ -1,4 +1,4 @@
-"""What a person sees of a run: the summary at its start, the progress bar, and the records.
+"""Reports of a run: the summary at its start, the progress bar, and the records of metrics.
 
 In the workdir: `train.log` for reading, `metrics.jsonl` and TensorBoard event files for plotting.
 `metrics.jsonl` holds only what is a function of the configuration, so that a run that was killed
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def summarize(run: TrainingRun) -> None:
-    """Prints the resolved configuration, the parameters, and what follows from the settings."""
+    """Logs a run's resolved configuration, its parameters, and figures that follow from them."""
     config, model, mesh, state = run.config, run.model, run.mesh, run.abstract
     num_train, num_eval = run.data.num_train, run.data.num_eval
     steps_per_epoch = num_train / config.data.batch_size
@@ -68,7 +68,7 @@ def summarize(run: TrainingRun) -> None:
 
 
 class Reporter:
-    """The progress of a run on a terminal and in its records; a context manager."""
+    """Reporter of a run's progress on the terminal and in its records; a context manager."""
 
     def __init__(
         self, workdir: pathlib.Path, *, start_step: int, total_steps: int, batch_size: int
@@ -79,7 +79,7 @@ class Reporter:
         self._start_step = start_step
         self._stack = contextlib.ExitStack()
         if distributed.is_primary():
-            _forget_after(self._path, start_step)
+            _drop_records_after(self._path, start_step)
 
     def __enter__(self) -> Self:
         writes = distributed.is_primary()
@@ -112,13 +112,19 @@ class Reporter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock that images per second are measured with."""
+        """Excludes the time inside from the images per second that are reported."""
         start = time.monotonic()
         yield
         self._clock += time.monotonic() - start
 
     def train(self, step: int, metrics: Metrics, learning_rate: float) -> None:
-        """Reports the training metrics since the last report."""
+        """Reports the training metrics since the last report.
+
+        Args:
+          step: number of steps taken.
+          metrics: sums and counts since the last report.
+          learning_rate: learning rate of the step.
+        """
         values = means(metrics) | {"lr": learning_rate}
         speed = (step - self._clock_step) * self._batch_size / (time.monotonic() - self._clock)
         seconds = (self._total_steps - step) * self._batch_size / speed
@@ -133,7 +139,12 @@ class Reporter:
         self._reset_clock(step)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Reports an evaluation."""
+        """Reports the metrics of an evaluation.
+
+        Args:
+          step: number of steps taken.
+          values: mean of each metric, by name.
+        """
         self._record("eval", step, values)
         texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
         text = "  ".join(f"{name} {value}" for name, value in texts.items())
@@ -157,14 +168,14 @@ class Reporter:
 
 
 def _open_tensorboard(folder: pathlib.Path) -> MetricWriter:
-    """Opens the TensorBoard file of a run; imports TensorFlow, which clu writes it with."""
+    """Opens the TensorBoard file of a run; imports TensorFlow, with which clu writes it."""
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(str(folder))
 
 
-def _forget_after(path: pathlib.Path, step: int) -> None:
-    """Drops the records after a step: they will be made again, the same."""
+def _drop_records_after(path: pathlib.Path, step: int) -> None:
+    """Drops the records after a step, which a run that goes on from it makes again."""
     if not path.exists():
         return
     kept = []

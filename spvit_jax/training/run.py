@@ -1,7 +1,7 @@
-"""A training run before its first step: its settings, and its state and steps on a mesh.
+"""A training run before its first step: settings, abstract train state and jitted steps on a mesh.
 
-`train.py` runs it, and `preflight` compiles it for TPUs that are not there: the same steps, with
-the same shardings and the same donation.
+`train.py` runs it, and `preflight` compiles it for TPUs that the machine does not have: the same
+steps, with the same shardings and the same donation.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from spvit_jax.training.step import StepSettings, eval_step, train_step
 
 @dataclasses.dataclass(frozen=True)
 class DataSize:
-    """Numbers of the data that a run is planned with.
+    """Size of the data of a run: numbers of examples and classes, and shape of label maps.
 
     Attributes:
-      num_train: examples per epoch.
-      num_eval: examples of an evaluation.
-      num_classes: C.
+      num_train: number of examples per epoch.
+      num_eval: number of examples of an evaluation.
+      num_classes: number of classes, C.
       label_map: (K, h, w) of the label maps; None without.
-      class_names: of the classes by number; None if not known.
+      class_names: names of the classes by number; None if unknown.
     """
 
     num_train: int
@@ -47,24 +47,24 @@ class DataSize:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """Everything that a training run computes, of which nothing has been computed yet.
+    """A training run before anything is computed: settings, shardings and jitted functions.
 
     Attributes:
-      config: resolved.
-      model: what is trained.
-      settings: static ones of the steps.
-      mesh: the devices, which may be those of a description (`preflight.topology.Topology`).
-      data: how much there is.
-      teacher: the model that a distilled one learns from, or None.
-      root: the run's root key, the third argument of `train_step` at every step.
-      learning_rate: as a function of the step.
-      abstract: the train state as shapes with shardings.
-      shardings: of the train state.
-      create: makes the state before the first step, jitted.
-      train_step: `step.train_step` of (state, batch, root, teacher), jitted; donates the state.
-      eval_step: `step.eval_step` of (model, batch), jitted.
-      finite_leaves: `state.finite_leaves`, jitted.
-      zero_metrics: `state.zero_metrics`, jitted.
+      config: resolved configuration.
+      model: configuration of the model that is trained.
+      settings: static settings of the steps.
+      mesh: mesh of the devices, which may be those of a `preflight.topology.Topology`.
+      data: size of the data.
+      teacher: configuration of the teacher of a distilled model; None without.
+      root: root random key, the third argument of `train_step` at every step.
+      learning_rate: learning rate as a function of the step.
+      abstract: train state as shapes with shardings.
+      shardings: shardings of the train state.
+      create: jitted function that makes the train state before the first step.
+      train_step: jitted `step.train_step` of (state, batch, root, teacher); donates the state.
+      eval_step: jitted `step.eval_step` of (model, batch).
+      finite_leaves: jitted `state.finite_leaves`.
+      zero_metrics: jitted `state.zero_metrics`.
     """
 
     config: ConfigDict
@@ -85,23 +85,23 @@ class TrainingRun:
 
     @property
     def steps(self) -> int:
-        """Steps of training."""
+        """Number of training steps of the run."""
         return self.config.schedule.total
 
     @property
     def eval_batch_size(self) -> int:
-        """Images of a step of evaluation."""
+        """Images per eval step: `data.eval_batch_size` rounded up to a multiple of the devices."""
         return sharding.round_up(self.config.data.eval_batch_size, self.mesh)
 
     @property
     def eval_steps(self) -> int:
-        """Steps of evaluation in the whole run: at each interval, and at the end."""
+        """Number of eval steps in the whole run: evaluations at each interval and at the end."""
         times = -(-self.steps // self.config.eval_every)
         return times * -(-self.data.num_eval // self.eval_batch_size)
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether the model normalises over the batch."""
+        """Whether the model has BatchNorm."""
         return bool(jax.tree.leaves(self.abstract.model.stats))
 
     def train_arguments(self) -> dict[str, Any]:
@@ -133,18 +133,18 @@ def build(
     data: DataSize,
     teacher: ModelConfig | None = None,
 ) -> TrainingRun:
-    """Returns a run; nothing is computed or allocated on the mesh.
+    """Returns a training run; nothing is computed or allocated on the mesh.
 
     Args:
-      config: resolved.
-      model: what is trained.
-      settings: static ones of the steps.
-      mesh: the devices.
-      data: how much there is.
-      teacher: the model that a distilled one learns from.
+      config: resolved configuration.
+      model: configuration of the model to train.
+      settings: static settings of the steps.
+      mesh: mesh of the devices.
+      data: size of the data.
+      teacher: configuration of the teacher of a distilled model; None without.
 
     Raises:
-      InputError: the configuration names an optimizer or a preset of shardings that is not there.
+      InputError: the configuration names an unknown optimizer or preset of shardings.
     """
     root = jax.random.key(config.seed)
     tx = optimizer.make_optimizer(config)
@@ -178,7 +178,13 @@ def build(
 
 
 def abstract_variables(model: ModelConfig, mesh: Mesh, preset: str) -> tuple[Variables, Variables]:
-    """Returns a model's variables as shapes with shardings, and the shardings alone."""
+    """Returns a model's variables as shapes with shardings, and the shardings alone.
+
+    Args:
+      model: configuration of the model.
+      mesh: mesh of the devices.
+      preset: name of the rules in `sharding.PRESETS`.
+    """
     return sharding.abstract(lambda: Variables.of(model.build(CountedRngs(0))), mesh, preset)
 
 
@@ -193,11 +199,11 @@ def abstract_batch(
     """Returns a global batch of `data.pipeline` as shapes with shardings.
 
     Args:
-      batch_size: B, over all devices.
+      batch_size: number of images B over all devices.
       image_shape: (height, width) in pixels.
-      mesh: the devices.
-      train: whether it is a batch of training; one of evaluation has a mask.
-      label_map: (K, h, w) of the label maps that go with training; None without.
+      mesh: mesh of the devices.
+      train: whether the batch is of training; a batch of evaluation has a mask.
+      label_map: (K, h, w) of the label maps in a batch of training; None without.
     """
     leaves: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((*image_shape, 3), jnp.uint8),
@@ -210,8 +216,8 @@ def abstract_batch(
         leaves["label_map"] = ((2, *label_map), jnp.float16)
         leaves["box"] = ((4,), jnp.float32)
         leaves["flip"] = ((), jnp.bool_)
-    place = sharding.batch_sharding(mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding)
         for name, (shape, dtype) in leaves.items()
     }

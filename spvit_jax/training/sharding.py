@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh (data, fsdp) and the rules that place every leaf of the state.
+"""Sharding: the mesh (data, fsdp), and the rules that place every leaf of the train state.
 
 The batch is split over both axes; a parameter, and with it its moments and its average, is split
 over `fsdp` or replicated, as the first matching rule says. Model code knows of none of this, but
@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.models.naming import map_named
 
-# (pattern of a leaf's name, placement): "split" is over the fsdp axis as `_split` does it,
-# "replicate" every device. The rules must match every leaf.
+# (pattern of a leaf's name, placement): "split" over the fsdp axis as `_split` does it, or
+# "replicate" on every device. The rules must match every leaf.
 Rules = Sequence[tuple[str, str]]
 
 PRESETS: dict[str, Rules] = {
@@ -38,12 +38,12 @@ PRESETS: dict[str, Rules] = {
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices in a mesh of two axes, data over the slices of a pod.
+    """Returns a mesh of two axes, data and fsdp, with the slices of a pod along data.
 
     Args:
-      data: size of the axis over which parameters are replicated; -1 for all that fsdp leaves.
+      data: size of the axis over which parameters are replicated; -1 for devices / fsdp.
       fsdp: size of the axis over which parameters are split.
-      devices: all of this run's if not given.
+      devices: devices of the mesh; all of this run's if not given.
 
     Raises:
       InputError: data · fsdp is not the number of devices, or fsdp does not divide a slice.
@@ -90,12 +90,12 @@ def _arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
 
 
 def num_slices(mesh: Mesh) -> int:
-    """Returns over how many slices of a pod a mesh goes."""
+    """Returns the number of slices of a pod that a mesh spans."""
     return len({slice_of(device) for device in mesh.devices.flat})
 
 
 def slice_of(device: Any) -> int:
-    """Returns the number of the slice that a device is in; 0 on machines that know of none."""
+    """Returns the index of the slice that a device is in; 0 on machines without slices."""
     return getattr(device, "slice_index", None) or 0
 
 
@@ -106,16 +106,16 @@ def check_preset(preset: str) -> None:
 
 
 def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
-    """Returns a pytree of shardings like `state`.
+    """Returns the shardings of a pytree's leaves, as a pytree like it.
 
     Args:
-      state: a pytree of arrays or of their shapes, with leaf names as in `naming.leaf_name`.
-      mesh: from `make_mesh`.
-      preset: one of `PRESETS`.
+      state: pytree of arrays or of their shapes, with leaf names as in `naming.leaf_name`.
+      mesh: mesh from `make_mesh`.
+      preset: name of the rules in `PRESETS`.
 
     Raises:
       InputError: there is no such preset.
-      ValueError: a leaf matches none of its rules.
+      ValueError: a leaf matches none of the preset's rules.
     """
     check_preset(preset)
     rules = PRESETS[preset]
@@ -131,11 +131,20 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
 
 
 def abstract(create: Callable[[], Any], mesh: Mesh, preset: str) -> tuple[Any, Any]:
-    """Returns what `create` would make, as shapes with shardings, and the shardings alone."""
+    """Returns the result of `create` as shapes with shardings, and the shardings alone.
+
+    Args:
+      create: function that returns a pytree of arrays; only traced.
+      mesh: mesh from `make_mesh`.
+      preset: name of the rules in `PRESETS`.
+
+    Raises:
+      InputError, ValueError: as `state_shardings`.
+    """
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, mesh, preset)
     placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
     )
@@ -146,8 +155,8 @@ def bytes_held(state: Any, mesh: Mesh) -> tuple[int, int]:
     """Returns the bytes of `state` on a device: of leaves split over all of fsdp, and of others.
 
     Args:
-      state: a pytree of arrays, or of shapes with shardings as `plan` returns them.
-      mesh: from `make_mesh`.
+      state: pytree of arrays, or of shapes with shardings as `abstract` returns them.
+      mesh: mesh from `make_mesh`.
     """
     split = rest = 0
     for leaf in jax.tree.leaves(state):
@@ -161,7 +170,7 @@ def bytes_held(state: Any, mesh: Mesh) -> tuple[int, int]:
 
 
 def describe(state: Any, mesh: Mesh) -> str:
-    """Returns in words how many bytes of `state` a device holds; arguments as of `bytes_held`."""
+    """Returns a line of text with the bytes of `state` per device; arguments as `bytes_held`."""
     split, rest = bytes_held(state, mesh)
     total = f"{(split + rest) / 1e6:,.1f} MB on each device"
     fsdp = mesh.shape["fsdp"]
@@ -171,7 +180,13 @@ def describe(state: Any, mesh: Mesh) -> str:
 
 
 def on_mesh(mesh: Mesh, step: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Returns a step with some settings which, where JAX traces it, has the mesh as context."""
+    """Returns a function of a step's positional arguments, to be traced in the context of a mesh.
+
+    Args:
+      mesh: mesh that the step sees as `jax.sharding.get_abstract_mesh()`.
+      step: function of arrays and of settings.
+      **settings: keyword arguments of the step.
+    """
 
     @functools.wraps(step)
     def traced(*args: Any) -> Any:
@@ -187,10 +202,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """Returns the parts of a batch that this process's devices hold, and how many parts there are.
+    """Returns the parts of a batch that this process's devices hold, and the number of parts.
 
-    A batch is cut into a part per device. In a pod's mesh the devices of a process need not stand
-    next to each other, and then its parts do not either.
+    A batch is split into one part per device. In a pod's mesh the devices of a process need not be
+    adjacent, and then its parts are not either.
     """
     here = jax.process_index()
     owners = [device.process_index for device in mesh.devices.flat]
@@ -198,7 +213,7 @@ def local_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes the global batch of what each process has read: the rows of its `local_parts`."""
+    """Returns the global batch from the rows that each process has read, its `local_parts`."""
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()
@@ -206,7 +221,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
-    """Returns the smallest batch size from `batch_size` on that splits over the devices."""
+    """Returns a batch size rounded up to a multiple of the number of devices."""
     return -(-max(batch_size, 1) // mesh.size) * mesh.size
 
 
@@ -221,10 +236,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
 
 
 def _split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Splits the largest dimension that divides over the fsdp axis, the first of equals.
+    """Returns a sharding of the largest dimension divisible by the fsdp axis, the first of equals.
 
-    Where none does, as 384 does not by 256, the axis itself is cut in factors, one for each
-    dimension, as many as there are; over what is then left of it the array is replicated.
+    Where none is, as 384 is not by 256, the axis itself is factored, one factor for each dimension
+    that shares one; the array is replicated over the rest of the axis.
     """
     parts = mesh.shape["fsdp"]
     dimensions = sorted(range(len(shape)), key=lambda dimension: -shape[dimension])

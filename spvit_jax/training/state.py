@@ -1,4 +1,4 @@
-"""What training carries from step to step, as pytrees, and how their leaves are named."""
+"""The train state as a pytree: weights, moving average, optimizer state and metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from flax import nnx, struct
 from spvit_jax.models import Model
 from spvit_jax.models.naming import named_leaves
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count) under each name
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count) of each metric, by name
 
 
 class Variables(struct.PyTreeNode):
-    """A model taken apart: its arrays as pytrees, its structure as static data.
+    """A model split into its arrays, as pytrees, and its structure, as static data.
 
     Attributes:
-      params: what the optimizer changes.
+      params: parameters, which the optimizer changes.
       stats: BatchNorm's running statistics.
-      graphdef: everything about the model that is not an array.
+      graphdef: structure of the model, without arrays.
     """
 
     params: nnx.State
@@ -31,13 +31,13 @@ class Variables(struct.PyTreeNode):
 
     @classmethod
     def of(cls, model: Model) -> Self:
-        """Takes a model apart."""
+        """Returns the variables of a model."""
         graphdef = nnx.graphdef(model)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return cls(params=params, stats=stats, graphdef=graphdef)
 
     def model(self, *, train: bool = False) -> Model:
-        """Puts the model together again, in evaluation or in train mode."""
+        """Returns the model with these variables, in eval mode or in train mode."""
         # A copy, so that BatchNorm's update inside a differentiated function stays there.
         model = nnx.merge(self.graphdef, self.params, self.stats, copy=True)
         model.train() if train else model.eval()
@@ -45,14 +45,14 @@ class Variables(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training; all of it is saved, and nothing else is needed to go on.
+    """The state of training; all of it is saved, and nothing else is needed to resume.
 
     Attributes:
-      step: int32, how many steps have been taken.
-      model: the weights being trained.
-      ema: their moving average, BatchNorm's statistics included; None if it is off.
-      opt_state: the optimizer's.
-      metrics: sums and counts since the last report.
+      step: number of steps taken, int32.
+      model: weights being trained.
+      ema: moving average of the weights, BatchNorm's statistics included; None if it is off.
+      opt_state: state of the optimizer.
+      metrics: sums and counts of the metrics since the last report.
       nan_step: int32, the first step that was not finite in its loss, its gradient or BatchNorm's
         statistics, or -1.
     """
@@ -66,12 +66,12 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def best_model(self) -> Variables:
-        """The weights to evaluate: the moving average where there is one."""
+        """Weights to evaluate: the moving average where there is one."""
         return self.model if self.ema is None else self.ema
 
 
 def with_variables(state: TrainState, variables: Variables) -> TrainState:
-    """Returns the state with other weights, in the moving average too."""
+    """Returns a train state with other weights, in the moving average too."""
     ema = None if state.ema is None else jax.tree.map(jnp.copy, variables)
     return state.replace(model=variables, ema=ema)
 
@@ -80,9 +80,9 @@ def check_finite(state: TrainState, finite: jax.Array | None = None) -> None:
     """Raises a `FloatingPointError` if a step or the state is not finite; names the step.
 
     Args:
-      state: after a step.
-      finite: of `finite_leaves`, to look at the state itself as well, as before it is saved: a
-        last update may overflow after a loss and a gradient that were finite.
+      state: train state after a step.
+      finite: result of `finite_leaves`, to check the state itself as well, as before it is saved:
+        a last update may overflow after a loss and a gradient that were finite.
     """
     advice = (
         "the last good checkpoint is kept. Lower optim.lr, lengthen schedule.warmup or set "
@@ -118,17 +118,23 @@ METRICS = ("loss", "top1", "grad_norm")
 
 
 def zero_metrics() -> Metrics:
-    """Returns the sums and counts of a report that has just been made."""
+    """Returns metrics with sums and counts of zero, as after a report."""
     return {name: (jnp.zeros(()), jnp.zeros(())) for name in METRICS}
 
 
 def means(metrics: Metrics) -> dict[str, float]:
-    """Returns sum over count of each metric."""
+    """Returns the mean of each metric, sum over count, by name."""
     return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
 
 def create(model: Model, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the train state before the first step.
+
+    Args:
+      model: model with its initial weights.
+      optimizer: optimizer of `make_optimizer`.
+      ema: whether to keep a moving average of the weights.
+    """
     variables = Variables.of(model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -1,4 +1,4 @@
-"""One step of training and one of evaluation, as pure functions of their arguments."""
+"""The train step and the eval step, as pure functions of their arguments."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """What the step needs to know of the configuration; static.
+    """Static settings of the train step and the eval step.
 
     Attributes:
-      num_classes: C.
-      transform: of a batch.
-      label_smoothing: share of a target that is spread over all classes.
-      dense_weight: of the loss of a dense head.
-      grid: of the tokens to which label maps are aligned; None without label maps.
-      mix_token: images that share a box of MixToken; 0 is off.
-      accumulate: micro-batches per step.
-      ema: decay of the moving average; 0 is off.
+      num_classes: number of classes, C.
+      transform: augmentation and normalisation of a batch.
+      label_smoothing: fraction of a target that is spread over all classes.
+      dense_weight: weight of the dense head's loss.
+      grid: grid of the tokens to which label maps are aligned; None without label maps.
+      mix_token: number of images that share a box of MixToken; 0 for off.
+      accumulate: number of micro-batches per step.
+      ema: decay of the moving average; 0 for off.
     """
 
     num_classes: int
@@ -49,7 +49,13 @@ class StepSettings:
 
     @classmethod
     def of(cls, config: ConfigDict, num_classes: int, grid: Grid | None = None) -> StepSettings:
-        """Takes the settings out of a configuration; `grid` is of the model's tokens."""
+        """Returns the settings of a configuration.
+
+        Args:
+          config: resolved configuration.
+          num_classes: number of classes, C.
+          grid: grid of the model's tokens where there are label maps; else None.
+        """
         return cls(
             num_classes=num_classes,
             transform=BatchTransform.of(config),
@@ -63,7 +69,7 @@ class StepSettings:
 
 
 def key_for(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
-    """Returns the random key of one use at one step: a function of its arguments alone."""
+    """Returns the random key of a named use at a step: a function of its arguments alone."""
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
 
 
@@ -76,16 +82,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     settings: StepSettings,
 ) -> TrainState:
-    """Takes one step.
+    """Takes one step of training.
 
     Args:
-      state: before the step; donated when jitted.
+      state: train state before the step; donated when jitted.
       batch: `image` uint8 [B, h, w, 3] and `label` int32 [B]; with label maps also `label_map`,
         `box` and `flip`, as `pipeline.train_batches` makes them.
       rng: the run's root key, the same at every step.
-      teacher: a model whose predictions a distillation token learns, or None.
-      optimizer: as made by `make_optimizer`.
-      settings: static settings.
+      teacher: model whose predictions a distillation token learns, or None.
+      optimizer: optimizer from `make_optimizer`.
+      settings: static settings of the step.
 
     Returns:
       The state after the step, with the step's metrics added to its sums.
@@ -120,8 +126,8 @@ def train_step(
     step = state.step + 1
     metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
     # The norm stands for the whole gradient, and for Adam's moments, which square it too.
-    told = (metrics["loss"], metrics["grad_norm"], stats)
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(told)]).all()
+    watched = (metrics["loss"], metrics["grad_norm"], stats)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(watched)]).all()
     is_first_nan = ~finite & (state.nan_step < 0)
     return TrainState(
         step=step,
@@ -134,14 +140,14 @@ def train_step(
 
 
 def eval_step(model: Variables, batch: Batch, *, settings: StepSettings) -> Metrics:
-    """Evaluates a batch.
+    """Evaluates a model on one batch.
 
     Args:
-      model: the weights.
+      model: weights to evaluate.
       batch: `image` uint8 [B, h, w, 3], `label` int32 [B] and `mask` float32 [B], 0 for padding.
         Labels may be uint8 [B, C], 1 for each that is right (ImageNet-ReaL, arXiv 2006.07159);
         an image without any does not count.
-      settings: static settings; only how to normalise is used.
+      settings: static settings of the step; only its normalisation is used.
 
     Returns:
       (sum, count) of `loss` (cross-entropy with the label, or with all right ones evenly), `top1`
@@ -179,8 +185,8 @@ def _gradients(
 ) -> tuple[nnx.State, nnx.State, Metrics]:
     """Returns the mean gradient over the batch, BatchNorm's new statistics, and metrics.
 
-    The batch is taken in `accumulate` micro-batches, one after the other; BatchNorm normalises
-    within each.
+    The batch is split into `accumulate` micro-batches, taken in order; BatchNorm normalises within
+    each.
     """
 
     def loss_fn(
@@ -227,10 +233,10 @@ def _outputs(
     key: jax.Array,
     settings: StepSettings,
 ) -> tuple[Outputs, losses.Targets]:
-    """Returns a model's outputs and what they should be, with MixToken if that is on.
+    """Returns a model's outputs and their targets, with MixToken if that is on.
 
-    Where patches were mixed, each token's logits go back to the image that it is of, and the
-    image's label becomes the two images' by area.
+    Where patches were mixed, each token's logits go back to the image that the token is from, and
+    the image's label becomes the mean of the two images' labels, weighted by area.
     """
     if not settings.mix_token:
         return module.outputs(images, key), targets
@@ -238,13 +244,13 @@ def _outputs(
     patches, boxes = mix.mix_tokens(module.embed(images), jax.random.fold_in(key, 1), group)
     outputs = module.classify(module.encode(patches, jax.random.fold_in(key, 0)))
     if outputs.dense is not None:
-        theirs = boxes.reshape(len(boxes), -1, 1)
-        dense = jnp.where(theirs, mix.partners(outputs.dense, group), outputs.dense)
+        from_partner = boxes.reshape(len(boxes), -1, 1)
+        dense = jnp.where(from_partner, mix.partners(outputs.dense, group), outputs.dense)
         outputs = dataclasses.replace(outputs, dense=dense)
-    share = boxes.mean((1, 2))[:, None]
+    area = boxes.mean((1, 2))[:, None]
 
     def by_area(labels: jax.Array) -> jax.Array:
-        return (1 - share) * labels + share * mix.partners(labels, group)
+        return (1 - area) * labels + area * mix.partners(labels, group)
 
     return outputs, losses.Targets(
         label=by_area(targets.label),
@@ -254,5 +260,5 @@ def _outputs(
 
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
-    """Cuts [B, ...] into [parts, B/parts, ...] so that each device keeps its own examples."""
+    """Reshapes [B, ...] to [parts, B/parts, ...] so that each device keeps its own examples."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
