@@ -12,9 +12,7 @@ from spvit_jax.errors import InputError
 
 _MAX_NAMED = 10  # files in the last message
 
-_NODES = re.compile(
-    r"\{\{.*?\}\}|\[Op:.*?\]"
-)  # graph nodes and operations in TensorFlow's error messages
+_NODES = re.compile(r"\{\{.*?\}\}|\[Op:.*?\]")  # in TensorFlow's error messages
 
 log = logging.getLogger("spvit_jax.data")
 
