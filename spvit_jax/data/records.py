@@ -21,11 +21,7 @@ from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
 _GIB = 2**30
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-)  # raised by the readers of ArrayRecord and Parquet
+_UNREADABLE = (OSError, RuntimeError, ValueError)  # raised by ArrayRecord and Parquet
 
 
 class RecordFile(Protocol):
