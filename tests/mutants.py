@@ -351,7 +351,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MixToken's λ is 0.5",
         "augment/mix.py",
-        "jax.random.uniform(share_key, (groups,))",
+        "jax.random.uniform(keep_key, (groups,))",
         "jnp.full((groups,), 0.5)",
         "augment/test_mix.py::test_mix_tokens_share_is_distributed_as_timms",
     ),

@@ -1,8 +1,8 @@
-"""What is done to a whole batch, on the device and inside the jitted step.
+"""Augmentation of whole batches on the device, inside the jitted step: erasing, MixUp, CutMix.
 
-The host crops, resizes and flips single images (`data/crops.py`) and sends uint8; from there
-`BatchTransform` goes on: RandAugment and its like (`randaugment.py`), normalising, erasing, MixUp
-and CutMix.
+The host crops, resizes and flips single images (`data/crops.py`) and sends uint8. `BatchTransform`
+then applies RandAugment, colour jitter and 3-Augment (`randaugment.py`), normalisation, random
+erasing, MixUp and CutMix.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from spvit_jax.augment.randaugment import RandAugment, color_jitter, three_augme
 from spvit_jax.errors import InputError
 
 _ERASE_ATTEMPTS = 10  # timm's
-_ERASED_AREA = (0.02, 1 / 3)  # share of the image
+_ERASED_AREA = (0.02, 1 / 3)  # fraction of the image
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height over width
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchTransform:
-    """How a training batch is made of what the host sends; off unless said.
+    """Augmentation and normalisation of a training batch; every augmentation is off by default.
 
     Attributes:
-      mean: of each channel, on a scale of 0 to 1.
-      std: likewise.
-      rand_augment: the policy of RandAugment, or None.
-      three_augment: whether each image becomes grey, solarized or blurred (3-Augment).
+      mean: mean of each channel, for pixels from 0 to 1.
+      std: standard deviation of each channel, likewise.
+      rand_augment: RandAugment's policy, or None.
+      three_augment: whether each image is made grey, solarized or blurred (3-Augment).
       color_jitter: strength of random brightness, contrast and saturation.
       erase: probability of filling a random box with noise.
-      mixup: α of MixUp.
-      cutmix: α of CutMix.
-      mix_probability: of mixing a group at all.
-      switch_probability: of CutMix rather than MixUp where both are on.
-      mix_group_size: images that are mixed with each other, by one draw.
-      official_axes: whether token labels take x for y where SP-ViT's authors' code does.
+      mixup: α of MixUp; 0 is off.
+      cutmix: α of CutMix; 0 is off.
+      mix_probability: probability of mixing a group at all.
+      switch_probability: probability of CutMix rather than MixUp where both are on.
+      mix_group_size: number of images that are mixed with each other, by one draw.
+      official_axes: whether token labels exchange x and y where SP-ViT's authors' code does.
     """
 
     mean: tuple[float, ...]
@@ -59,7 +59,7 @@ class BatchTransform:
 
     @classmethod
     def of(cls, config: ConfigDict) -> Self:
-        """Takes the transform out of a configuration."""
+        """Returns the batch transform of a configuration."""
         augment = config.augment
         policy = augment.rand_augment
         return cls(
@@ -80,7 +80,7 @@ class BatchTransform:
     def __call__(
         self, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Augments a batch.
+        """Augments and normalises a batch of images, and mixes its targets.
 
         Args:
           images: uint8 [B, h, w, 3].
@@ -88,8 +88,8 @@ class BatchTransform:
           key: a random key.
 
         Returns:
-          Normalised images float32 [B, h, w, 3]; targets [B, C]; and where RandAugment has moved
-          the pixels, as `label_maps.align` takes it, or None.
+          Normalised images float32 [B, h, w, 3]; targets [B, C]; and RandAugment's affine maps
+          [B, 3, 3], as `label_maps.align` takes them, or None.
         """
         augment_key, erase_key, mix_key = jax.random.split(key, 3)
         images, moves = self._augment(images, augment_key)
@@ -109,11 +109,11 @@ class BatchTransform:
         return images, targets, moves
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Maps images from 0 to 255 to normalised ones, float32; all that evaluation does."""
+        """Returns images of 0 to 255 normalised, float32; evaluation does nothing else."""
         return normalize(images, self.mean, self.std)
 
     def _augment(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Changes pixels that are still whole numbers from 0 to 255."""
+        """Augments images of 0 to 255; returns also RandAugment's affine maps, or None."""
         moves = None
         if not (self.rand_augment or self.three_augment or self.color_jitter):
             return images, moves
@@ -131,12 +131,12 @@ class BatchTransform:
                 images, policy_key, fill, official_axes=self.official_axes
             )
             size = jnp.array([images.shape[2], images.shape[1], 1])
-            moves = matrices * size / size[:, None]  # from pixels to shares of the image
+            moves = matrices * size / size[:, None]  # from pixels to fractions of the image
         return images, moves
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Maps images [B, h, w, 3] of 0 to 255 to float32, less the mean and divided by the std.
+    """Returns images [B, h, w, 3] of 0 to 255 as float32, less the mean and divided by the std.
 
     `mean` and `std` are per channel, for pixels on a scale of 0 to 1.
     """
@@ -147,19 +147,19 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
     """Fills a random box of some images with noise (random erasing, arXiv 1708.04896).
 
-    The box has 2% to a third of the image's area and a ratio of 0.3 to 3.3, as in timm; of ten
-    draws the first that fits is taken.
+    The box has 2% to a third of the image's area and a height over width of 0.3 to 3.3, as in
+    timm; of ten draws the first that fits is taken.
 
     Args:
-      images: normalised, [B, h, w, 3] float.
+      images: normalised images [B, h, w, 3] float.
       keys: random keys [B].
-      probability: with which an image is changed.
+      probability: probability of erasing a box of an image.
 
     Returns:
       Images of the same shape, with pixels drawn from a normal distribution in the box.
     """
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+    def erase_box(image: jax.Array, key: jax.Array) -> jax.Array:
         keys = jax.random.split(key, 6)
         h, w = image.shape[:2]
         draws = (_ERASE_ATTEMPTS,)
@@ -177,7 +177,7 @@ def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
         chosen = jax.random.bernoulli(keys[4], probability) & fits.any()
         return jnp.where(box & chosen, jax.random.normal(keys[5], image.shape), image)
 
-    return jax.vmap(one)(images, keys)
+    return jax.vmap(erase_box)(images, keys)
 
 
 def mix(
@@ -199,10 +199,10 @@ def mix(
       key: a random key.
       mixup: α of MixUp (arXiv 1710.09412), λ ~ Beta(α, α); 0 is off.
       cutmix: α of CutMix (arXiv 1905.04899); 0 is off.
-      probability: of mixing at all.
-      switch_probability: of CutMix rather than MixUp where both are on.
-      group_size: images for which all this is drawn once, as timm draws it for each GPU; or B
-        where there are fewer.
+      probability: probability of mixing a group at all.
+      switch_probability: probability of CutMix rather than MixUp where both are on.
+      group_size: number of images for which all this is drawn once, as timm draws it for each
+        GPU; B where there are fewer.
 
     Returns:
       Images and targets of the same shapes.
@@ -212,41 +212,41 @@ def mix(
     shape = images.shape[1], images.shape[2]
     groups = _count_groups(len(images), group_size)
     keys = jax.random.split(key, 5)
-    chance = _cutmix_share(mixup, cutmix, switch_probability)
-    use_cutmix = jax.random.bernoulli(keys[0], chance, (groups,))[:, None, None]
+    cutmix_probability = _cutmix_probability(mixup, cutmix, switch_probability)
+    use_cutmix = jax.random.bernoulli(keys[0], cutmix_probability, (groups,))[:, None, None]
     use_either = jax.random.bernoulli(keys[1], probability, (groups,))[:, None, None]
     blended = _draw_beta(keys[2], mixup, groups)[:, None, None]
     boxes = jax.vmap(lambda key, keep: random_box(key, shape, keep))(
         jax.random.split(keys[4], groups), _draw_beta(keys[3], cutmix, groups)
     )
-    # What each pixel [groups, h, w] keeps of its own image.
+    # The weight [groups, h, w] of each pixel's own image.
     kept = jnp.where(use_either, jnp.where(use_cutmix, ~boxes, blended), 1)
 
     def with_partner(x: jax.Array, kept: jax.Array) -> jax.Array:
-        """Mixes [B, ...]; `kept` has groups in the place of B, and 1 where it does not matter."""
+        """Mixes x [B, ...] with its partners by weights `kept` [groups, ...], which broadcast."""
         grouped = x.reshape(groups, -1, *x.shape[1:])
         kept = kept[:, None]
         return (kept * grouped + (1 - kept) * grouped[:, ::-1]).reshape(x.shape)
 
-    # A box at the border is smaller than drawn, so that the targets' share is the mean pixel's.
+    # A box at the border is smaller than drawn, so that the targets' weight is the mean pixel's.
     return with_partner(images, kept[..., None]), with_partner(targets, kept.mean((1, 2))[:, None])
 
 
 def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """Pastes a box of another image's patches into each (MixToken, arXiv 2104.10858).
+    """Replaces a box of each image's patches by its partner's (MixToken, arXiv 2104.10858).
 
     Args:
-      patches: [B, h, w, D], as the stem returns them.
+      patches: embedded patches [B, h, w, D], as the stem returns them.
       key: a random key.
-      group_size: images that share a box and are paired with each other in reverse order, or B
-        where there are fewer.
+      group_size: number of images that have the same box and are paired with each other in
+        reverse order; B where there are fewer.
 
     Returns:
-      The mixed patches; and bool [B, h, w], where they are the other image's.
+      The mixed patches [B, h, w, D]; and bool [B, h, w], true where they are the partner's.
     """
     groups = _count_groups(len(patches), group_size)
-    share_key, box_key = jax.random.split(key)
-    keep = jax.random.uniform(share_key, (groups,))
+    keep_key, box_key = jax.random.split(key)
+    keep = jax.random.uniform(keep_key, (groups,))
     grid = patches.shape[1], patches.shape[2]
     boxes = jax.vmap(lambda key, keep: random_box(key, grid, keep))(
         jax.random.split(box_key, groups), keep
@@ -256,9 +256,9 @@ def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax
 
 
 def check_group_size(config: ConfigDict) -> None:
-    """Raises an `InputError` if batches cannot be cut into the groups that are mixed.
+    """Raises an `InputError` if batches cannot be divided into the groups that are mixed.
 
-    MixUp and CutMix mix a batch before it is cut into micro-batches, MixToken each micro-batch.
+    MixUp and CutMix mix a batch before it is divided into micro-batches, MixToken each micro-batch.
     """
     augment, batch_size = config.augment, config.data.batch_size
     group_size = augment.mix_group_size
@@ -276,15 +276,16 @@ def check_group_size(config: ConfigDict) -> None:
 
 
 def partners(x: jax.Array, group_size: int) -> jax.Array:
-    """Returns for each of [B, ...] the one that MixToken pairs it with: groups reversed."""
+    """Returns the partners [B, ...] that MixToken pairs examples with: each group reversed."""
     groups = _count_groups(len(x), group_size)
     return x.reshape(groups, -1, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def random_box(key: jax.Array, shape: tuple[int, int], keep: jax.Array) -> jax.Array:
-    """Draws CutMix's box: around a uniform centre, of the share 1 - keep, cut at the border.
+    """Returns the mask [h, w] bool of a random CutMix box, true inside.
 
-    Returns a mask [h, w] bool, true inside the box.
+    The box covers the fraction 1 - keep of the image's area, around a uniform centre, and is
+    clipped at the border.
     """
     side = jnp.sqrt(1 - keep)
 
@@ -298,7 +299,7 @@ def random_box(key: jax.Array, shape: tuple[int, int], keep: jax.Array) -> jax.A
     return inside(key_y, shape[0])[:, None] & inside(key_x, shape[1])[None, :]
 
 
-def _cutmix_share(mixup: float, cutmix: float, switch_probability: float) -> float:
+def _cutmix_probability(mixup: float, cutmix: float, switch_probability: float) -> float:
     if mixup and cutmix:
         return switch_probability
     return 1.0 if cutmix else 0.0

@@ -1,7 +1,7 @@
-"""Pillow's operations on the pixels of one image, on the device: what RandAugment is made of.
+"""Pillow's operations on the pixels of one image, on the device, for RandAugment.
 
-An image is float32 [h, w, 3] with whole numbers from 0 to 255, and so is every result. Rounding is
-Pillow's, so that recipes made with it carry over. Warps take the matrix from output to input.
+Images and results are float32 [h, w, 3] with whole numbers from 0 to 255. Rounding is Pillow's, so
+that recipes made with it carry over. Warps take the matrix from output to input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))
 
 
 def autocontrast(image: jax.Array) -> jax.Array:
-    """Stretches each channel so that its darkest pixel is 0 and its brightest 255."""
+    """Stretches each channel of an image so that its darkest pixel is 0 and its brightest 255."""
     low, high = image.min((0, 1)), image.max((0, 1))
     scale = 255 / jnp.maximum(high - low, 1)
     stretched = jnp.clip(jnp.floor((image - low) * scale + 1e-3), 0, 255)
@@ -22,7 +22,7 @@ def autocontrast(image: jax.Array) -> jax.Array:
 
 
 def equalize(image: jax.Array) -> jax.Array:
-    """Flattens the histogram of each channel."""
+    """Equalizes the histogram of each channel of an image."""
     levels = jnp.arange(256)
     is_level = image[..., None].astype(jnp.int32) == levels  # [h, w, 3, 256]
     histogram = is_level.sum((0, 1))
@@ -31,55 +31,55 @@ def equalize(image: jax.Array) -> jax.Array:
     below = jnp.cumsum(histogram, axis=1) - histogram
     table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255)
     table = jnp.where(step > 0, table, levels)
-    # A sum over levels in the place of a lookup, which an accelerator does one by one.
+    # A sum over levels instead of a gather, which is slow on an accelerator.
     return jnp.where(is_level, table, 0).sum(-1).astype(image.dtype)
 
 
 def invert(image: jax.Array) -> jax.Array:
-    """Makes a negative."""
+    """Inverts the pixels of an image: x becomes 255 - x."""
     return 255 - image
 
 
 def posterize(image: jax.Array, bits: jax.Array) -> jax.Array:
-    """Keeps the most significant bits of each pixel, 0 to 8 of them."""
+    """Keeps the `bits` most significant bits of each pixel, 0 to 8."""
     unit = 2.0 ** (8 - bits)
     return jnp.floor(image / unit) * unit
 
 
 def solarize(image: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Inverts pixels from a threshold on."""
+    """Inverts the pixels of an image that are at or above a threshold."""
     return jnp.where(image < threshold, image, 255 - image)
 
 
 def solarize_add(image: jax.Array, amount: jax.Array) -> jax.Array:
-    """Brightens the darker half of the range."""
+    """Adds an amount to the pixels of an image that are below 128, up to 255."""
     return jnp.where(image < 128, jnp.minimum(image + amount, 255), image)
 
 
 def grayscale(image: jax.Array) -> jax.Array:
-    """Makes all channels the luma."""
+    """Replaces all channels of an image by its luma."""
     weighted = image.astype(jnp.int32) * jnp.array(_LUMA)
     luma = (weighted.sum(-1, keepdims=True) + 0x8000) >> 16
     return jnp.broadcast_to(luma, image.shape).astype(image.dtype)
 
 
 def color(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Changes the saturation: 0 is grey, 1 the image itself."""
+    """Scales the saturation of an image by a factor: 0 is grey, 1 the image itself."""
     return _blend(grayscale(image), image, factor)
 
 
 def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Changes the contrast around the mean luma."""
+    """Scales the contrast of an image around its mean luma: 0 is flat, 1 the image itself."""
     return _blend(jnp.floor(grayscale(image)[..., 0].mean() + 0.5), image, factor)
 
 
 def brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Changes the brightness: 0 is black, 1 the image itself."""
+    """Scales the brightness of an image by a factor: 0 is black, 1 the image itself."""
     return _blend(jnp.zeros_like(image), image, factor)
 
 
 def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Changes the sharpness: 0 is smoothed, 1 the image itself; the outermost pixels stay."""
+    """Scales the sharpness of an image, border pixels excepted: 0 is smooth, 1 the image itself."""
     h, w = image.shape[:2]
     total = sum(
         weight * image[i : h - 2 + i, j : w - 2 + j]
@@ -91,10 +91,10 @@ def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def gaussian_blur(image: jax.Array, radius: jax.Array, *, reach: int = 6) -> jax.Array:
-    """Blurs with a Gaussian of a standard deviation `radius`, in pixels; the border is repeated.
+    """Blurs an image with a Gaussian of standard deviation `radius`, in pixels.
 
-    Pillow approximates the Gaussian by three box filters; this is the Gaussian itself, as far as
-    `reach` pixels from the centre.
+    Pillow approximates the Gaussian by three box filters; this is the Gaussian itself, up to
+    `reach` pixels from the centre. Pixels of the border are repeated outside.
     """
     distance = jnp.arange(-reach, reach + 1)
     weights = jnp.exp(-0.5 * (distance / radius) ** 2)
@@ -110,17 +110,17 @@ def gaussian_blur(image: jax.Array, radius: jax.Array, *, reach: int = 6) -> jax
 
 
 def warp(image: jax.Array, matrix: jax.Array, fill: jax.Array, *, bicubic: jax.Array) -> jax.Array:
-    """Moves pixels by an affine map.
+    """Warps an image by an affine map.
 
     Args:
       image: float32 [h, w, 3].
-      matrix: [3, 3], from (x, y, 1) in the result to the same in the image, in pixels with the
-        corner of the image at 0 and the centre of the first pixel at 0.5.
-      fill: [3], the colour of what lies outside.
-      bicubic: bool, Pillow's bicubic interpolation (a = -1) rather than the bilinear one.
+      matrix: the affine map [3, 3] from (x, y, 1) in the result to that in the image, in pixels,
+        with the corner of the image at 0 and the centre of the first pixel at 0.5.
+      fill: colour [3] of pixels that come from outside the image.
+      bicubic: bool, whether to interpolate by Pillow's bicubic filter (a = -1), not bilinearly.
 
     Returns:
-      float32 [h, w, 3].
+      The warped image, float32 [h, w, 3].
     """
     h, w = image.shape[:2]
     y, x = jnp.meshgrid(jnp.arange(h) + 0.5, jnp.arange(w) + 0.5, indexing="ij")
@@ -156,5 +156,5 @@ def _taps(position: jax.Array, bicubic: jax.Array) -> tuple[jax.Array, list[jax.
 
 
 def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Interpolates between two images, or extrapolates, and cuts what is behind the point."""
+    """Returns degenerate + factor · (image - degenerate), clipped to 0 … 255 and rounded down."""
     return jnp.clip(jnp.floor(degenerate + factor * (image - degenerate) + 1e-4), 0, 255)

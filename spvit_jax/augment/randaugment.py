@@ -1,12 +1,14 @@
-"""RandAugment in timm's sense, colour jitter and 3-Augment, on the device and inside the step.
+"""RandAugment as in timm, colour jitter and 3-Augment, on the device and inside the step.
 
-The operations are Pillow's, in `pixels.py`; here is which are drawn and how strong they are. Each
-example has a random key of its own, so that its augmentation does not depend on its batch.
+Which operations are drawn, and their strengths; the operations themselves are Pillow's, in
+`pixels.py`. Each example has a random key of its own, so that its augmentation does not depend on
+its batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple, Self
@@ -18,9 +20,9 @@ import numpy as np
 from spvit_jax.augment import pixels
 from spvit_jax.errors import InputError
 
-_LARGEST = 10.0  # magnitude
+_MAX_MAGNITUDE = 10.0
 _POINTWISE: tuple[Callable[[jax.Array, jax.Array, jax.Array], jax.Array], ...] = (
-    # Of an image, a level from 0 to 1, and a sign of 1 or -1.
+    # Arguments: an image, a level from 0 to 1, and a sign of 1 or -1.
     lambda image, level, sign: pixels.autocontrast(image),
     lambda image, level, sign: pixels.equalize(image),
     lambda image, level, sign: pixels.invert(image),
@@ -39,11 +41,19 @@ POINTWISE = (
 )
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 OPERATIONS = POINTWISE + GEOMETRIC
-_SWAP = np.array([1, 0, 2])  # x for y
+_SWAP = np.array([1, 0, 2])  # exchanges x and y
 
 
 class Draw(NamedTuple):
-    """What was drawn for one layer; fields as the arguments of `apply`, and whether to apply it."""
+    """Random draw of one RandAugment layer.
+
+    Attributes:
+      operation: int32, index of the operation in `OPERATIONS`.
+      active: bool, whether to apply the operation.
+      level: float32, strength from 0 to 1.
+      sign: float32, 1 or -1.
+      bicubic: bool, whether a warp interpolates by bicubic filter.
+    """
 
     operation: jax.Array
     active: jax.Array
@@ -54,15 +64,15 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """RandAugment (arXiv 1909.13719) as timm has it, with operations that grow with the magnitude.
+    """RandAugment (arXiv 1909.13719) as in timm, with operations that grow with the magnitude.
 
     Attributes:
-      magnitude: mean strength, of at most 10.
-      std: standard deviation of the strength, which is drawn anew for each operation.
-      layers: operations drawn per image, with replacement.
-      probability: with which each that is drawn is applied.
-      interpolation: of warps, "bilinear", "bicubic", or "random" for either with the same
-        probability.
+      magnitude: mean magnitude of the operations, at most 10.
+      std: standard deviation of the magnitude, which is drawn anew for each operation.
+      layers: number of operations drawn per image, with replacement.
+      probability: probability of applying an operation that was drawn.
+      interpolation: interpolation of warps, "bilinear", "bicubic", or "random" for either with
+        the same probability.
     """
 
     magnitude: float = 9.0
@@ -73,14 +83,14 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str, interpolation: str = "random") -> Self:
-        """Reads timm's notation, `rand-m9-n3-mstd0.5-inc1`.
+        """Returns the policy that timm's notation describes, `rand-m9-n3-mstd0.5-inc1`.
 
         Args:
-          text: in that notation.
-          interpolation: of warps; timm takes that of the random crop.
+          text: the policy in timm's notation.
+          interpolation: interpolation of warps; timm takes that of the random crop.
 
         Raises:
-          InputError: the text is not of that form, or is without `inc1`.
+          InputError: the text is not of that form, or lacks `inc1`.
         """
         fields = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5, "inc": 0.0}
         first, *parts = text.split("-")
@@ -90,7 +100,7 @@ class RandAugment:
                 first = ""
                 break
             fields[match[1]] = float(match[2])
-        if first != "rand" or fields["inc"] != 1 or fields["n"] < 1 or fields["m"] > _LARGEST:
+        if first != "rand" or fields["inc"] != 1 or fields["n"] < 1 or fields["m"] > _MAX_MAGNITUDE:
             raise InputError(
                 f"augment.rand_augment is {text!r}; expected for example 'rand-m9-mstd0.5-inc1', "
                 "with a magnitude m of at most 10, n operations, and inc1"
@@ -100,34 +110,38 @@ class RandAugment:
     def __call__(
         self, images: jax.Array, keys: jax.Array, fill: jax.Array, *, official_axes: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Augments a batch.
+        """Augments a batch of images.
 
         Args:
           images: float32 [B, h, w, 3], whole numbers from 0 to 255.
           keys: random keys [B].
-          fill: [3], the colour of what a warp uncovers.
-          official_axes: whether the affine maps shear and move along the other axis than the
-            images, as those of label maps do in SP-ViT's authors' code.
+          fill: colour [3] of pixels that come from outside the image.
+          official_axes: whether the affine maps shear and translate along the other axis than
+            the images, as those of label maps do in SP-ViT's authors' code.
 
         Returns:
-          The images, and for each the affine map [B, 3, 3] from its pixels to the original's.
+          The augmented images [B, h, w, 3], and the affine maps [B, 3, 3] from their pixels to
+          the original ones.
         """
-        return jax.vmap(lambda image, key: self._one(image, key, fill, official_axes))(images, keys)
+        augment = functools.partial(self._augment, fill=fill, official_axes=official_axes)
+        return jax.vmap(augment)(images, keys)
 
-    def _one(
+    def _augment(
         self, image: jax.Array, key: jax.Array, fill: jax.Array, official_axes: bool
     ) -> tuple[jax.Array, jax.Array]:
+        """Augments one image [h, w, 3]; returns also its affine map [3, 3]."""
+
         def layer(
-            number: jax.Array, so_far: tuple[jax.Array, jax.Array]
+            index: jax.Array, carry: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
-            image, total = so_far
-            draw = self.draw(jax.random.fold_in(key, number))
+            image, total = carry
+            draw = self.draw(jax.random.fold_in(key, index))
             changed, matrix = apply(
                 image, draw.operation, draw.level, draw.sign, fill, bicubic=draw.bicubic
             )
             if official_axes:
-                is_turned = draw.operation == OPERATIONS.index("Rotate")
-                matrix = jnp.where(is_turned, matrix, matrix[_SWAP][:, _SWAP])
+                is_rotation = draw.operation == OPERATIONS.index("Rotate")
+                matrix = jnp.where(is_rotation, matrix, matrix[_SWAP][:, _SWAP])
             return (
                 jnp.where(draw.active, changed, image),
                 jnp.where(draw.active, total @ matrix, total),
@@ -137,13 +151,13 @@ class RandAugment:
         return jax.lax.fori_loop(0, self.layers, layer, (image, jnp.eye(3)))
 
     def draw(self, key: jax.Array) -> Draw:
-        """Draws one layer's operation."""
+        """Draws the operation of one RandAugment layer, and its strength."""
         keys = jax.random.split(key, 5)
         magnitude = self.magnitude + self.std * jax.random.normal(keys[2])
         return Draw(
             operation=jax.random.randint(keys[0], (), 0, len(OPERATIONS)),
             active=jax.random.bernoulli(keys[1], self.probability),
-            level=jnp.clip(magnitude, 0, _LARGEST) / _LARGEST,
+            level=jnp.clip(magnitude, 0, _MAX_MAGNITUDE) / _MAX_MAGNITUDE,
             sign=jax.random.rademacher(keys[3], (), jnp.float32),
             bicubic=(
                 jax.random.bernoulli(keys[4])
@@ -162,18 +176,19 @@ def apply(
     *,
     bicubic: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Applies one operation.
+    """Applies one of RandAugment's operations to an image.
 
     Args:
       image: float32 [h, w, 3], whole numbers from 0 to 255.
-      operation: its place in `OPERATIONS`.
-      level: the strength, from 0 to 1.
-      sign: 1 or -1, which way to turn, shear or move, and whether to strengthen or to weaken.
-      fill: [3], the colour of what a warp uncovers.
-      bicubic: whether a warp interpolates so, rather than bilinearly.
+      operation: int32, index of the operation in `OPERATIONS`.
+      level: strength of the operation, from 0 to 1.
+      sign: 1 or -1, the direction of a rotation, shear or translation, and whether colour,
+        contrast, brightness and sharpness are raised or lowered.
+      fill: colour [3] of pixels that come from outside the image.
+      bicubic: bool, whether a warp interpolates by the bicubic filter, not bilinearly.
 
     Returns:
-      The image, and the affine map [3, 3] from its pixels to the original's.
+      The image [h, w, 3], and the affine map [3, 3] from its pixels to the original ones.
     """
     geometric = operation - len(POINTWISE)
     matrices = _matrices((image.shape[0], image.shape[1]), level * sign)
@@ -206,37 +221,37 @@ def _matrices(shape: tuple[int, int], level: jax.Array) -> jax.Array:
 
 
 def color_jitter(images: jax.Array, keys: jax.Array, strength: float) -> jax.Array:
-    """Changes brightness, contrast and saturation at random, in a random order.
+    """Changes the brightness, contrast and saturation of images at random, in a random order.
 
     Args:
       images: float32 [B, h, w, 3], whole numbers from 0 to 255.
       keys: random keys [B].
-      strength: factors are uniform in 1 ± strength, from 0 on.
+      strength: half the range of the factors, which are uniform in 1 ± strength, at least 0.
 
     Returns:
-      The images.
+      The changed images [B, h, w, 3].
     """
     operations = (pixels.brightness, pixels.contrast, pixels.color)
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+    def jitter(image: jax.Array, key: jax.Array) -> jax.Array:
         order_key, factor_key = jax.random.split(key)
         low = max(0.0, 1 - strength)
         factors = jax.random.uniform(factor_key, (3,), minval=low, maxval=1 + strength)
         order = jax.random.permutation(order_key, 3)
-        for place in range(3):
-            image = jax.lax.switch(order[place], operations, image, factors[place])
+        for i in range(3):
+            image = jax.lax.switch(order[i], operations, image, factors[i])
         return image
 
-    return jax.vmap(one)(images, keys)
+    return jax.vmap(jitter)(images, keys)
 
 
 def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Makes each image grey, or solarizes it, or blurs it (3-Augment of DeiT III, 2204.07118).
+    """Makes each image grey, solarizes it or blurs it (3-Augment of DeiT III, arXiv 2204.07118).
 
     Arguments and result as in `color_jitter`; the blur's radius is uniform in 0.1 to 2 pixels.
     """
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         choice_key, radius_key = jax.random.split(key)
         radius = jax.random.uniform(radius_key, (), minval=0.1, maxval=2.0)
         branches = (
@@ -246,14 +261,14 @@ def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
         )
         return jax.lax.switch(jax.random.randint(choice_key, (), 0, 3), branches, image)
 
-    return jax.vmap(one)(images, keys)
+    return jax.vmap(augment)(images, keys)
 
 
 def _whole(value: jax.Array) -> jax.Array:
-    """Cuts to a whole number; a level of 0.9 times 10 may be a little less than 9."""
+    """Rounds down to a whole number, allowing for a product such as 0.9 · 10 just below it."""
     return jnp.floor(value + 1e-4)
 
 
 def _factor(level: jax.Array, sign: jax.Array) -> jax.Array:
-    """Returns an enhancement's factor: 1 is no change, and nothing is below 0.1."""
+    """Returns the factor of a colour operation, at least 0.1; 1 is no change."""
     return jnp.maximum(0.1, 1 + 0.9 * level * sign)

@@ -1,4 +1,4 @@
-"""Input on the host: what data sets exist, crops of their images, and batches of these.
+"""Input on the host: data sets, crops of their images, and batches of them.
 
-Only this package imports TensorFlow. What is done to batches on the device is in `augment/`.
+Only this package imports TensorFlow. Augmentation of batches on the device is in `augment/`.
 """

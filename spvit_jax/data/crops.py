@@ -1,9 +1,9 @@
-"""What the host does to one image: decoding, cropping, resizing, flipping.
+"""Transforms of single images on the host: decoding, cropping, resizing, flipping.
 
-Everything random is drawn from a seed that is passed in, so that an example looks the same
-whenever and wherever it is read. TensorFlow decodes, which is faster; Pillow resizes, which is
-faster too, and gives the pixels that other people's recipes are trained and evaluated with. What
-is done to a whole batch is in `augment/`, on the device.
+All random numbers are drawn from a seed that is passed in, so that an example looks the same
+whenever and wherever it is read. TensorFlow decodes and Pillow resizes: each is the faster of the
+two, and Pillow's pixels are those that published recipes are trained and evaluated with.
+Augmentation of whole batches is in `augment/`, on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spvit_jax.errors import InputError, nearest
 Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width; int32
 
 _CROP_ATTEMPTS = 10  # torchvision's
-_EXACT = "INTEGER_ACCURATE"  # of JPEG's transform: decodes to the same pixels as Pillow
+_DCT_METHOD = "INTEGER_ACCURATE"  # decodes JPEG to the same pixels as Pillow
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 _CROP_MODES = ("center", "squash")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -33,11 +33,11 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """How a training image is made.
+    """Random crop, resize and flip of a training image.
 
     Attributes:
       size: (height, width) of the result, in pixels.
-      scale: range of the crop's share of the image's area; (1, 1) keeps the whole image.
+      scale: range of the crop's area as a fraction of the image's; (1, 1) is the whole image.
       ratio: range of the crop's width over its height.
       flip: probability of a horizontal flip.
       interpolation: "bilinear", "bicubic", or "random" for either with the same probability.
@@ -50,12 +50,12 @@ class TrainTransform:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        """Raises an `InputError` if there is no such interpolation."""
+        """Raises an `InputError` if the interpolation is unknown."""
         _check_interpolation(self.interpolation, (*_FILTERS, "random"))
 
     @classmethod
     def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
-        """Takes the transform out of a configuration; `size` is the model's."""
+        """Returns the training transform of a configuration; `size` is the model's image size."""
         augment = config.augment
         return cls(
             size=size,
@@ -66,17 +66,17 @@ class TrainTransform:
         )
 
     def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Maps an encoded image and a seed int64 [2] to uint8 [height, width, 3]."""
+        """Returns the training image uint8 [height, width, 3] for a seed int64 [2]."""
         return self.with_box(encoded, seed)[0]
 
     def with_box(
         self, encoded: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Says also what part of the image it is.
+        """Returns a training image as `__call__` does, with its box in the original image.
 
         Returns:
           The image uint8 [height, width, 3]; the crop's box float32 [4], (y0, x0, y1, x1) as
-          shares of the image's height and width; and bool [], whether it was flipped.
+          fractions of the image's height and width; and bool [], whether it was flipped.
         """
         seeds = tf.random.experimental.stateless_split(seed, 3)
         crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
@@ -90,7 +90,7 @@ class TrainTransform:
         return _resize(image, self.size, resample, flipped), box, flipped
 
     def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns a random crop uint8 [h, w, 3] in its own size, and its box as `with_box`."""
+        """Returns a random crop uint8 [h, w, 3] before resizing, and its box as in `with_box`."""
         return _decode_crop(
             encoded, lambda shape: random_crop_box(shape, seed, self.scale, self.ratio)
         )
@@ -98,14 +98,14 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """How an evaluation image is made: resized, and its centre cropped, pixel for pixel as in timm.
+    """Resize and centre crop of an evaluation image, pixel for pixel as in timm.
 
     Attributes:
       size: (height, width) of the result, in pixels.
-      crop: the share of the resized image's side that the centre crop keeps, in (0, 1].
+      crop: fraction of the resized image's side that the centre crop keeps, in (0, 1].
       interpolation: "bilinear" or "bicubic".
-      crop_mode: as timm's, "center" keeps the image's proportions, "squash" makes them the
-        result's.
+      crop_mode: timm's crop mode: "center" keeps the image's aspect ratio, "squash" changes it
+        to the result's.
     """
 
     size: tuple[int, int]
@@ -114,7 +114,7 @@ class EvalTransform:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        """Raises an `InputError` if there is no such crop, interpolation or crop mode."""
+        """Raises an `InputError` if the crop, interpolation or crop mode is invalid."""
         _check_interpolation(self.interpolation, _FILTERS)
         if self.crop_mode not in _CROP_MODES:
             known = nearest(self.crop_mode, _CROP_MODES)
@@ -127,25 +127,25 @@ class EvalTransform:
 
     @classmethod
     def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
-        """Takes the transform out of a configuration, which may leave it to the model.
+        """Returns the evaluation transform of a configuration, or the model's where it has none.
 
         Args:
-          config: as `spvit_jax.config.base`.
-          size: the model's.
+          config: a configuration with the fields of `spvit_jax.config.base`.
+          size: the model's image size, (height, width).
         """
         return cls(size, *config_lib.evaluation_of(config, size))
 
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Maps an encoded image to uint8 [height, width, 3]."""
+        """Returns the evaluation image uint8 [height, width, 3] of an encoded image."""
         image = _decode(encoded)
-        resized = self._resized(tf.shape(image)[:2])
+        resized = self._resized_shape(tf.shape(image)[:2])
         image = _resize(image, resized, _FILTERS[self.interpolation].value)
-        # Of an odd margin the half goes to the even side, as Python's `round` does in torchvision.
+        # Half an odd margin is rounded to even, as by Python's `round` in torchvision.
         corner = tf.cast(tf.round((resized - self.size) / 2), tf.int32)
         return tf.image.crop_to_bounding_box(image, *tf.unstack(corner), *self.size)
 
-    def _resized(self, shape: tf.Tensor) -> tf.Tensor:
-        """Returns the size int32 [2] to which an image of a shape int32 [2] is resized."""
+    def _resized_shape(self, shape: tf.Tensor) -> tf.Tensor:
+        """Returns the shape int32 [2] that an image of a shape int32 [2] is resized to."""
         target = tuple(math.floor(side / self.crop) for side in self.size)
         if self.crop_mode == "squash":
             return tf.constant(target)
@@ -157,7 +157,7 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class WholeTransform:
-    """How a teacher sees an image: all of it, whatever that does to its proportions.
+    """Resize of a whole image for a teacher, whatever that does to its aspect ratio.
 
     Attributes:
       size: (height, width) of the result, in pixels.
@@ -166,7 +166,7 @@ class WholeTransform:
     size: tuple[int, int]
 
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Maps an encoded image to uint8 [height, width, 3]."""
+        """Returns the whole image, resized, uint8 [height, width, 3], of an encoded image."""
         return _resize(_decode(encoded), self.size, _FILTERS["bicubic"].value)
 
 
@@ -180,9 +180,9 @@ def random_crop_box(
 
     Args:
       shape: int32 [2], the image's height and width.
-      seed: [2].
-      scale: range of the box's area as a share of the image's, drawn uniformly.
-      ratio: range of its width over its height, drawn uniformly in the logarithm.
+      seed: seed [2] of the draws.
+      scale: range of the box's area as a fraction of the image's, drawn uniformly.
+      ratio: range of the box's width over its height, its logarithm drawn uniformly.
 
     Returns:
       (top, left, height, width), int32 scalars. Of ten draws the first that fits is taken;
@@ -221,10 +221,10 @@ def _check_interpolation(name: str, known: Collection[str]) -> None:
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes any image format to uint8 [height, width, 3]; grey images become RGB."""
+    """Decodes an image of any format to uint8 [height, width, 3]; grey images become RGB."""
     return tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_EXACT),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT_METHOD),
         lambda: decode_other(encoded),
     )
 
@@ -232,30 +232,30 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 def _decode_crop(
     encoded: tf.Tensor, draw_box: Callable[[tf.Tensor], Box]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes a part of an image; of a JPEG, nothing else is decoded.
+    """Decodes a crop of an image; of a JPEG, only the crop is decoded.
 
     Args:
-      encoded: of any format.
-      draw_box: from the image's (height, width) int32 [2] to the part.
+      encoded: an encoded image of any format.
+      draw_box: function from the image's (height, width) int32 [2] to the crop's box.
 
     Returns:
-      The part uint8 [height, width, 3]; and where it lies, (y0, x0, y1, x1) float32 [4] as shares
-      of the image's height and width.
+      The crop uint8 [height, width, 3]; and its box, (y0, x0, y1, x1) float32 [4] as fractions of
+      the image's height and width.
     """
 
     def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
         shape = tf.io.extract_jpeg_shape(encoded)[:2]
         box = tf.stack(draw_box(shape))
-        image = tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_EXACT)
-        return image, share(box, shape)
+        image = tf.image.decode_and_crop_jpeg(encoded, box, channels=3, dct_method=_DCT_METHOD)
+        return image, normalize(box, shape)
 
     def other() -> tuple[tf.Tensor, tf.Tensor]:
         image = decode_other(encoded)
         shape = tf.shape(image)[:2]
         box = tf.stack(draw_box(shape))
-        return tf.image.crop_to_bounding_box(image, *tf.unstack(box)), share(box, shape)
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(box)), normalize(box, shape)
 
-    def share(box: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
+    def normalize(box: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
         corners = tf.concat([box[:2], box[:2] + box[2:]], 0)
         return tf.cast(corners / tf.concat([shape, shape], 0), tf.float32)
 
@@ -268,7 +268,7 @@ def _resize(
     resample: tf.Tensor | int,
     flipped: tf.Tensor | bool = False,
 ) -> tf.Tensor:
-    """Resizes an image uint8 [h, w, 3] by one of Pillow's filters, and flips it if asked to."""
+    """Resizes an image uint8 [h, w, 3] by one of Pillow's filters; flips it if `flipped`."""
 
     def resize(image: np.ndarray, size: np.ndarray, resample: int, flipped: bool) -> np.ndarray:
         height, width = size.tolist()

@@ -1,8 +1,8 @@
-"""What data exists by name, and which part of it a run uses.
+"""Data sets by name, and the parts of them that a run trains and evaluates on.
 
-The embedded digits, any TFDS data set, or a folder of images; of them a split, what is held out of
-it, or a few examples of each class. How they are read is in `sources.py`, and which of them make up
-which batch in `pipeline.py`.
+A data set is the embedded digits, any data set of TFDS, or a folder of images; a part is a split, a
+held-out subset of one, or a few examples of each class. Examples are read in `sources.py` and
+batched in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from spvit_jax.errors import InputError, some
 
 log = logging.getLogger("spvit_jax.data")
 
-MINIVAL = "minival"  # the name of what data.minival holds out of training
+MINIVAL = "minival"  # split name of the examples that data.minival holds out of training
 _MINIVAL_SEED = 0  # not the run's: runs with other seeds are compared on the same images
 
 
 def load(name: str, split: str, data_dir: str) -> Source:
-    """Opens one split of a data set, and prepares the data set first where that needs no help.
+    """Opens one split of a data set; prepares the data set first where that needs no archives.
 
     Args:
       name: "digits", the name of any TFDS data set of images with labels, or "folder:PATH" for
         a folder with one sub-folder per split and in it one per class.
-      split: a split's name, for TFDS also a slice such as "train[:1%]".
-      data_dir: where TFDS data sets are kept.
+      split: name of the split, for TFDS also a slice such as "train[:1%]".
+      data_dir: folder of the TFDS data sets.
 
     Raises:
-      InputError: there is no such data set or split, or it cannot be read.
+      InputError: the data set or split does not exist or cannot be read.
     """
     if (root := _folder(name)) is not None:
         return folders.FolderSource(root, split)
@@ -43,15 +43,15 @@ def load(name: str, split: str, data_dir: str) -> Source:
 
 
 def numbered(source: Source, class_names: ClassNames, whose: str) -> Source:
-    """Returns a source whose classes have the numbers that they have in a table.
+    """Returns a source with its classes numbered as in `class_names`.
 
     Args:
-      source: of the examples.
-      class_names: names by number.
-      whose: the classes of the table are, for messages.
+      source: the examples.
+      class_names: names of the classes by number.
+      whose: whose classes these are, for messages.
 
     Raises:
-      InputError: the table lacks a class of the source; names it.
+      InputError: `class_names` lacks a class of the source; names it.
     """
     if source.class_names == class_names:
         return source
@@ -75,14 +75,14 @@ def numbered(source: Source, class_names: ClassNames, whose: str) -> Source:
 def numbered_as_trained(
     source: Source, data: ConfigDict, class_names: ClassNames | None, where: str
 ) -> Source:
-    """Returns evaluation data whose classes have the numbers that they have in trained weights.
+    """Returns evaluation data with its classes numbered as in trained weights.
 
     Args:
-      source: of the examples.
-      data: the section of the configuration.
-      class_names: of the weights' classes by number; if None, and the data set is a folder that
-        has the training split, those of that split.
-      where: the weights are from, for messages.
+      source: the evaluation examples.
+      data: the section `data` of the configuration.
+      class_names: names of the weights' classes by number; if None, and the data set is a folder
+        that has the training split, those of that split.
+      where: name of the weights' file in messages.
 
     Raises:
       InputError: as `numbered`; or the training split cannot be read.
@@ -96,12 +96,12 @@ def numbered_as_trained(
 
 
 class Splits(NamedTuple):
-    """What a run is trained and evaluated on.
+    """Training and evaluation data of a run.
 
     Attributes:
-      whole: the training split, all of it; label maps are about that.
-      train: the part of it that is trained on.
-      evaluation: what is evaluated on; its classes have the numbers of the training's.
+      whole: the whole training split, by whose examples label maps are indexed.
+      train: the part of the training split that the run trains on.
+      evaluation: the evaluation data, with classes numbered as in training.
     """
 
     whole: Source
@@ -110,11 +110,14 @@ class Splits(NamedTuple):
 
 
 def open_splits(data: ConfigDict, seed: int) -> Splits:
-    """Opens the data that a configuration names; raises as the functions below.
+    """Opens the training and evaluation data that a configuration names.
 
     Args:
-      data: the section of the configuration.
-      seed: of the draw of `data.train_size`.
+      data: the section `data` of the configuration.
+      seed: seed of the random draw of `data.train_size` examples.
+
+    Raises:
+      InputError: as `load`, `for_training`, `for_evaluation` and `numbered`.
     """
     whole = load(data.dataset, data.train_split, data.data_dir)
     train = for_training(whole, data, seed=seed)
@@ -123,14 +126,15 @@ def open_splits(data: ConfigDict, seed: int) -> Splits:
 
 
 def for_evaluation(data: ConfigDict, split: str) -> Source:
-    """Opens what a configuration's models are evaluated on.
+    """Opens the evaluation data of a configuration.
 
     Args:
-      data: the section of the configuration.
-      split: as `load`, or "minival" for what `data.minival` holds out of `data.train_split`.
+      data: the section `data` of the configuration.
+      split: as in `load`, or "minival" for the examples that `data.minival` holds out of
+        `data.train_split`.
 
     Raises:
-      InputError: as `load`; or nothing is held out.
+      InputError: as `load`; or `split` is "minival" and nothing is held out.
     """
     if split != MINIVAL:
         return load(data.dataset, split, data.data_dir)
@@ -143,7 +147,7 @@ def for_evaluation(data: ConfigDict, split: str) -> Source:
 
 
 def held_out(source: Source, data: ConfigDict) -> Source:
-    """Returns what `data.minival` holds out of a whole training split, the same for every seed."""
+    """Returns the examples that `data.minival` holds out of training, the same for every seed."""
     return balanced_subset(source, data.minival, seed=_MINIVAL_SEED, field="minival")
 
 
@@ -151,12 +155,13 @@ def for_training(source: Source, data: ConfigDict, seed: int) -> Source:
     """Returns the part of a training split that a configuration trains on.
 
     Args:
-      source: the whole split.
-      data: the section of the configuration: without `minival`, and of the rest `train_size`.
-      seed: of the draw of `train_size`.
+      source: the whole training split.
+      data: the section `data` of the configuration: `minival` is held out, and `train_size` of the
+        rest are drawn.
+      seed: seed of the random draw of `train_size` examples.
 
     Raises:
-      InputError: there are not so many examples, or they have several labels each.
+      InputError: there are too few examples, or they have several labels each.
     """
     if source.several_labels:
         raise InputError(
@@ -176,19 +181,19 @@ def for_training(source: Source, data: ConfigDict, seed: int) -> Source:
 def balanced_subset(
     source: Source, size: int | str, seed: int, *, field: str = "train_size"
 ) -> Source:
-    """Draws `size` examples at random, as many of each class as can be.
+    """Returns a random subset of `size` examples with the classes as balanced as possible.
 
     Args:
-      source: what to draw from.
-      size: number of examples, or a share of them such as "10%"; a class with too few gives all
-        it has and the rest fill up.
-      seed: of the draw; smaller subsets of the same seed are part of larger ones.
-      field: what the size is called in messages.
+      source: the examples to draw from.
+      size: number of examples, or a percentage of them such as "10%"; a class with too few gives
+        all that it has, and the other classes fill up.
+      seed: seed of the draw; smaller subsets of a seed are part of its larger ones.
+      field: name of the size's field in messages.
 
     Raises:
-      InputError: size cannot be read or is not between 1 and the number of examples.
+      InputError: the size is no number or percentage, or is not in 1 … number of examples.
     """
-    size = _number_of(size, len(source), field)
+    size = _num_examples(size, len(source), field)
     if not 1 <= size <= len(source):
         raise InputError(
             f"{field} is {size}; expected 1 to {len(source)}, the number of training examples"
@@ -203,8 +208,8 @@ def balanced_subset(
     return Subset(source, order[np.argsort(rank, kind="stable")[:size]])
 
 
-def _number_of(size: int | str, total: int, field: str) -> int:
-    """Returns a number of examples, given as such or as a percentage of the total."""
+def _num_examples(size: int | str, total: int, field: str) -> int:
+    """Returns the number of examples that a number, or a percentage of the total, stands for."""
     if isinstance(size, int):
         return size
     try:
@@ -216,6 +221,6 @@ def _number_of(size: int | str, total: int, field: str) -> int:
 
 
 def _folder(name: str) -> pathlib.Path | None:
-    """Returns where a data set is that is a folder of images, or None for another."""
+    """Returns the path of a data set "folder:PATH", or None for other data sets."""
     prefix, colon, path = name.partition(":")
     return pathlib.Path(path) if prefix == "folder" and colon else None

@@ -1,4 +1,4 @@
-"""Image formats, told by an image's content: what is an image, and its pixels."""
+"""Detection and decoding of image formats by content."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ _SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tiff", ".tif")
 )
 
-# What TensorFlow decodes not at all or, as BMP's palettes, to other colours; and how it begins.
+# Formats that TensorFlow does not decode or, as BMP's palettes, decodes to other colours, and the
+# first bytes of their files.
 _BY_PILLOW = ("BMP", "WEBP", "TIFF")
 _FIRST_BYTES = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# From so many pixels on the decoders refuse an image.
-_MOST_OF_TENSORFLOW = 2**29
-_MOST_OF_PILLOW = 178_956_971  # twice Image.MAX_IMAGE_PIXELS, and one more
-_MOST_PIXELS = {
-    JpegImageFile: _MOST_OF_TENSORFLOW,
-    PngImageFile: _MOST_OF_TENSORFLOW,
-    GifImageFile: _MOST_OF_TENSORFLOW,
-    BmpImageFile: _MOST_OF_PILLOW,
-    WebPImageFile: _MOST_OF_PILLOW,
-    TiffImageFile: _MOST_OF_PILLOW,
+# The decoders refuse images of this many pixels or more.
+_TENSORFLOW_LIMIT = 2**29
+_PILLOW_LIMIT = 178_956_971  # 2 · Image.MAX_IMAGE_PIXELS + 1
+_PIXEL_LIMITS = {
+    JpegImageFile: _TENSORFLOW_LIMIT,
+    PngImageFile: _TENSORFLOW_LIMIT,
+    GifImageFile: _TENSORFLOW_LIMIT,
+    BmpImageFile: _PILLOW_LIMIT,
+    WebPImageFile: _PILLOW_LIMIT,
+    TiffImageFile: _PILLOW_LIMIT,
 }
 
 
 def is_image(path: str) -> bool:
-    """Says whether a file is an image: by its name if that says so, else by its content.
+    """Returns whether a file is an image, by its suffix, or by its content if that is unknown.
 
-    A name is enough because opening each of a million files takes long.
+    A known suffix is enough because opening each of a million files takes long.
     """
     if pathlib.PurePath(path).suffix.lower() in _SUFFIXES:
         return True
@@ -50,18 +51,18 @@ def is_image(path: str) -> bool:
             return True
     except Image.DecompressionBombError:
         return True
-    except Exception:  # whatever another file's content makes Pillow raise
+    except Exception:  # Pillow raises many types for content that is no image
         return False
 
 
 def decode_other(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes an image of another format than JPEG to uint8 [height, width, 3].
 
-    Grey becomes RGB, transparency is left out, and of several images the first is taken.
+    Grey becomes RGB, transparency is dropped, and an animation gives its first image.
     """
 
     def by_pillow() -> tf.Tensor:
-        scalar = tf.convert_to_tensor(encoded)  # NumPy's own texts lose the zeros at their end
+        scalar = tf.convert_to_tensor(encoded)  # NumPy's byte strings lose trailing zeros
         image = tf.numpy_function(_decode_by_pillow, [scalar], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (None, None, 3))
 
@@ -73,27 +74,27 @@ def decode_other(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def too_large(encoded: bytes) -> str:
-    """Says that an image is too large for its decoder, and how large; empty if it is not."""
-    for kind, most in _MOST_PIXELS.items():
+    """Returns a message if an image is too large for its decoder, or an empty string."""
+    for kind, limit in _PIXEL_LIMITS.items():
         try:
             width, height = kind(io.BytesIO(encoded)).size
-        except Exception:  # of another format, or damaged
+        except Exception:  # another format, or damaged
             continue
-        if width * height >= most:
-            return f"too large to be decoded: {width}×{height} pixels, at most {most - 1:,}"
+        if width * height >= limit:
+            return f"too large to be decoded: {width}×{height} pixels, at most {limit - 1:,}"
     return ""
 
 
 def _decode_by_pillow(scalar: bytes | np.ndarray) -> np.ndarray:
-    encoded = np.asarray(scalar, object).item()  # outside of a graph it is an array
-    if words := too_large(encoded):
-        raise ValueError(words)
+    encoded = np.asarray(scalar, object).item()  # an array in eager execution
+    if message := too_large(encoded):
+        raise ValueError(message)
     try:
         image = Image.open(io.BytesIO(encoded), formats=_BY_PILLOW)
     except UnidentifiedImageError as error:
         raise ValueError(f"damaged, or none of {', '.join(_BY_PILLOW)}") from error
     with image:
-        if image.mode.startswith("I;16"):  # Pillow would make white of all that is not black
+        if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=-1)
         if image.mode in ("I", "F"):

@@ -1,7 +1,7 @@
-"""A TFDS builder over the handwritten digits that ship with scikit-learn: no download.
+"""TFDS builder of the handwritten digits that come with scikit-learn, without a download.
 
-1,797 grey images of 8×8 pixels (Alpaydin and Kaynak 1998, UCI), split once and for all into
-1,297 for training and 500 for testing, with each digit's share the same in both.
+1,797 grey images of 8×8 pixels (Alpaydin and Kaynak 1998, UCI), in a fixed split into 1,297 for
+training and 500 for testing, stratified by digit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 _TEST_SIZE = 500
-_BRIGHTEST = 16  # the pixels' largest value
+_MAX_PIXEL = 16  # in scikit-learn's images
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -37,7 +37,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing to download
-        # Imported here: it takes a second of each command's start, and is used once.
+        # Imported here because the import takes a second, and is needed once.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -55,5 +55,5 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in indices.tolist():
-            pixels = np.rint(images[index] * (255 / _BRIGHTEST)).astype(np.uint8)
+            pixels = np.rint(images[index] * (255 / _MAX_PIXEL)).astype(np.uint8)
             yield index, {"image": pixels[..., None], "label": int(labels[index])}

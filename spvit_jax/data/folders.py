@@ -1,4 +1,4 @@
-"""Folders of images as PyTorch users keep them: `root/split/class/…/image`."""
+"""Image folders in the layout of torchvision's ImageFolder: `root/split/class/…/image`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ from spvit_jax.errors import InputError, some
 
 log = logging.getLogger("spvit_jax.data")
 
-_NAMED = 10  # of what is ignored
+_MAX_NAMED = 10  # ignored paths in the log
 
 
 class FolderSource:
-    """The images of a folder with one sub-folder per class.
+    """Images of a folder with one sub-folder per class.
 
-    Classes are numbered in the order of their folders' names. Images may lie in folders inside of
-    those; what is hidden, not an image, or a folder without any is left out, and logged.
+    Classes are numbered in the order of their folders' names. Images may also be in nested folders.
+    Hidden files, files that are no images, and folders without images are ignored, and logged.
     """
 
     several_labels = False
 
     def __init__(self, root: pathlib.Path, split: str):
-        """Lists a split.
+        """Lists the images of a split.
+
+        Args:
+          root: folder of the splits.
+          split: name of the split.
 
         Raises:
-          InputError: it is no folder, cannot be read, or holds no images.
+          InputError: the split is no folder, cannot be read, or holds no images.
         """
         self._paths: list[str] = []
         names: list[str] = []
         ignored: list[str] = []
-        ends = [0]  # of each class in the list of paths
+        ends = [0]  # offset in the list of paths after each class
         for name, paths in _classes(root, split, ignored):
             self._paths += paths
             if len(self._paths) > ends[-1]:
@@ -52,7 +56,7 @@ class FolderSource:
                 f"formats {', '.join(decode.FORMATS)}"
             )
         if ignored:
-            shown = some([os.path.relpath(path, directory) for path in ignored], _NAMED)
+            shown = some([os.path.relpath(path, directory) for path in ignored], _MAX_NAMED)
             _log_once(
                 f"ignored         {len(ignored)} in {directory} that are hidden, not images, or "
                 f"folders without any: {shown}"
@@ -79,10 +83,10 @@ class FolderSource:
 
 
 def class_names(root: pathlib.Path, split: str) -> ClassNames:
-    """Returns the classes of a split as `FolderSource` numbers them, without listing all images.
+    """Returns the classes of a split as in `FolderSource`, without listing all images.
 
     Raises:
-      InputError: it is no folder, or cannot be read.
+      InputError: the split is no folder, or cannot be read.
     """
     return tuple(name for name, paths in _classes(root, split, []) if next(paths, None))
 
@@ -90,12 +94,12 @@ def class_names(root: pathlib.Path, split: str) -> ClassNames:
 def _classes(
     root: pathlib.Path, split: str, ignored: list[str]
 ) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yields the folders that may be classes, and the paths of their images.
+    """Yields the names of the folders in a split, and the paths of their images.
 
     Args:
-      root: holds the splits.
-      split: the name of one.
-      ignored: to which the paths of everything else are appended.
+      root: folder of the splits.
+      split: name of the split.
+      ignored: list to which all other paths are appended.
     """
     directory = root / split
     if not directory.is_dir():
@@ -108,12 +112,12 @@ def _classes(
 
 
 def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yields the paths of all images in a folder, also through links, in the order of their names.
+    """Yields the paths of all images in a folder, nested or linked too, in the order of names.
 
     Args:
-      folder: its path.
-      ignored: to which the paths of everything else are appended.
-      above: device and inode of the folders that it is in, to which a link may lead back.
+      folder: path of the folder.
+      ignored: list to which all other paths are appended.
+      above: device and inode of the parent folders, to which a link may lead back.
     """
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
@@ -121,7 +125,7 @@ def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) 
         ignored.append(folder)
         return
     for entry in _visible(folder, ignored):
-        # Of what is no link the kind is known; to ask for it again takes long for a million files.
+        # `is_file` needs no system call except for links; a call for each of a million takes long.
         if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
             if decode.is_image(entry.path):
                 yield entry.path
@@ -134,7 +138,7 @@ def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) 
 
 
 def _visible(folder: str, ignored: list[str]) -> Iterator[os.DirEntry[str]]:
-    """Yields what is in a folder, in the order of the names, but for what is hidden.
+    """Yields the entries of a folder that are not hidden, in the order of names.
 
     Raises:
       InputError: the folder cannot be read.

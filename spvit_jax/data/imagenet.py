@@ -1,11 +1,10 @@
-"""ImageNet-1K's archives, made into TFDS's `imagenet2012` one shard after the other.
+"""Resumable conversion of ImageNet-1K's archives to TFDS's `imagenet2012`, shard by shard.
 
-TFDS makes a data set in one go and begins anew after an interruption, which for ImageNet costs
-hours and twice the disk. Here the archives' tables of contents are read first; with them it is
-known which image goes where, and each shard is written for good. What comes out is what TFDS's own
-builder makes, record for record: its features, its corrections of the odd files, its order, and
-its metadata. Images are read from all over the archives, which a disk that has to move an arm does
-slowly.
+TFDS makes a data set in one pass and begins anew after an interruption, which for ImageNet costs
+hours and twice the disk. Here the archives' tables of contents are read first; they give the images
+of each shard, so that each is written once. The result is that of TFDS's own builder, record for
+record: its features, its corrections of CMYK and PNG files, its order, and its metadata. Reads are
+in random order over the archives, which is slow on a hard disk.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tensorflow_datasets.core.utils import shard_utils
 from tqdm import tqdm
 
 from spvit_jax.data import records
-from spvit_jax.data.sources import builder_of, labels_file, only_one_process, save_labels
+from spvit_jax.data.sources import builder_of, labels_file, preparation_lock, save_labels
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -36,7 +35,13 @@ NAME = "imagenet2012"
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """What is published: a file of a known size with a known number of images."""
+    """Published archive of one split of ImageNet.
+
+    Attributes:
+      file_name: name of the file.
+      num_bytes: size of the file in bytes.
+      num_images: number of images in it.
+    """
 
     file_name: str
     num_bytes: int
@@ -50,7 +55,14 @@ ARCHIVES = {
 
 
 class Image(NamedTuple):
-    """Where an image lies in an archive, and its class by name."""
+    """Position and class of an image in an archive.
+
+    Attributes:
+      file_name: name of the image's file.
+      label: name of its class, a WordNet id.
+      offset: first byte of the image in the archive.
+      num_bytes: size of the image in bytes.
+    """
 
     file_name: str
     label: str
@@ -65,16 +77,16 @@ def prepare(
     partial: bool = False,
     num_shards: int | None = None,
 ) -> tfds.core.DatasetBuilder:
-    """Makes the data set of the archives, or goes on where an earlier call was interrupted.
+    """Makes the data set from the archives, or resumes after an interruption.
 
     Args:
-      manual_dir: holds the archives.
-      data_dir: of TFDS.
-      partial: whether archives that are smaller than the published ones will do, or only one.
-      num_shards: of each split; as TFDS decides if None.
+      manual_dir: folder of the archives.
+      data_dir: folder of the TFDS data sets.
+      partial: whether to accept a single archive, or archives smaller than the published ones.
+      num_shards: number of shards of each split; None for TFDS's choice.
 
     Returns:
-      The builder of the data set, which is prepared.
+      The builder of the prepared data set.
 
     Raises:
       InputError: an archive is missing, cut off or not ImageNet's, or the disk is full.
@@ -89,9 +101,9 @@ def prepare(
             raise InputError(f"{manual_dir} holds neither {files}")
         for split, path in paths.items():
             _check_file(path, ARCHIVES[split], partial)
-        with only_one_process(data_dir):
+        with preparation_lock(data_dir):
             builder = builder_of(NAME, str(data_dir))
-            if not builder.is_prepared():  # by another process, meanwhile
+            if not builder.is_prepared():  # by another process in the meantime
                 _make(builder, paths, num_shards, partial)
         builder = builder_of(NAME, str(data_dir))
     if not partial:
@@ -100,7 +112,7 @@ def prepare(
 
 
 def check_complete(builder: tfds.core.DatasetBuilder) -> None:
-    """Raises an `InputError` if a data set that is prepared is but a part of ImageNet."""
+    """Raises an `InputError` if a prepared data set holds only a part of ImageNet."""
     for split, archive in ARCHIVES.items():
         splits = builder.info.splits
         found = splits[split].num_examples if split in splits else 0
@@ -113,7 +125,7 @@ def check_complete(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _check_file(path: pathlib.Path, archive: Archive, partial: bool) -> None:
-    """Raises an `InputError` if an archive is missing or, by its size, cut off."""
+    """Raises an `InputError` if an archive is missing or has not the published size."""
     if not path.exists():
         raise InputError(f"{path} is not there; register at https://image-net.org to download it")
     if not path.is_file():
@@ -132,29 +144,29 @@ def _make(
     num_shards: int | None,
     partial: bool,
 ) -> None:
-    """Makes the data set of archives, or goes on making it."""
-    # Validation first: its table of contents is read in a moment, and may end it here.
+    """Makes the data set from the archives, or resumes an unfinished one."""
+    # Validation first: its table of contents is read in a moment, and may show an error.
     contents = {split: _contents(path, split) for split, path in reversed(paths.items())}
     found = {split: contents[split] for split in paths}
     for split, images in found.items():
         _check_contents(paths[split], split, images, builder, partial=partial)
     final = pathlib.Path(builder.data_dir)
-    # What was begun is gone on with if it was of the same files.
+    # An unfinished folder is resumed only if it was made from the same files.
     key = zlib.crc32(repr((num_shards, found)).encode())
-    growing = final.with_name(f"{final.name}.unfinished-{key:08x}")
-    growing.mkdir(parents=True, exist_ok=True)
-    for path in growing.glob(".*.partial"):  # left by a process that was killed
+    unfinished = final.with_name(f"{final.name}.unfinished-{key:08x}")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for path in unfinished.glob(".*.partial"):  # left by a process that was killed
         path.unlink()
     needed = sum(image.num_bytes for images in found.values() for image in images)
-    written = sum(path.stat().st_size for path in growing.iterdir())
-    records.check_space(growing, needed - written)
+    written = sum(path.stat().st_size for path in unfinished.iterdir())
+    records.check_space(unfinished, needed - written)
     infos = [
-        _write_split(builder, paths[split], growing, split, images, num_shards)
+        _write_split(builder, paths[split], unfinished, split, images, num_shards)
         for split, images in found.items()
     ]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-    builder.info.write_to_directory(growing)
-    growing.rename(final)
+    builder.info.write_to_directory(unfinished)
+    unfinished.rename(final)
 
 
 def _check_contents(
@@ -165,7 +177,7 @@ def _check_contents(
     *,
     partial: bool,
 ) -> None:
-    """Raises an `InputError` if an archive has other images than ImageNet, or not all of them."""
+    """Raises an `InputError` if an archive's images are not ImageNet's, or not all of them."""
     if not images:
         raise InputError(f"{path} holds no images")
     name, times = collections.Counter(image.file_name for image in images).most_common(1)[0]
@@ -187,10 +199,10 @@ def _check_contents(
 
 
 def check_validation_archive(manual_dir: pathlib.Path) -> None:
-    """Checks the validation archive, if there, for data sets that TFDS itself makes of it.
+    """Checks the validation archive, if it exists, for data sets that TFDS itself makes from it.
 
     Raises:
-      InputError: it is cut off, or has other files than it should.
+      InputError: the archive is cut off, or has other files than ImageNet's.
     """
     archive = ARCHIVES["validation"]
     path = manual_dir / archive.file_name
@@ -200,7 +212,7 @@ def check_validation_archive(manual_dir: pathlib.Path) -> None:
 
 
 def _contents(path: pathlib.Path, split: str) -> list[Image]:
-    """Reads the table of contents of an archive."""
+    """Returns the images of an archive from its table of contents."""
     try:
         return list(_train_images(path) if split == "train" else _validation_images(path))
     except (tarfile.TarError, OSError) as error:
@@ -208,14 +220,14 @@ def _contents(path: pathlib.Path, split: str) -> list[Image]:
 
 
 def _train_images(path: pathlib.Path) -> Iterator[Image]:
-    """Yields the images of an archive of archives, one for each class."""
+    """Yields the images of the training archive, which holds one archive for each class."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
         for member in tqdm(
             outer,
             desc=f"reading {path.name}",
             unit=" classes",
             total=1000,
-            disable=records.no_bar(),
+            disable=records.hide_progress(),
         ):
             if not member.isfile():
                 continue
@@ -230,7 +242,7 @@ def _train_images(path: pathlib.Path) -> Iterator[Image]:
 
 
 def _validation_images(path: pathlib.Path) -> Iterator[Image]:
-    """Yields the images of the validation archive, whose classes are known by their names."""
+    """Yields the images of the validation archive, with classes by their files' names."""
     labels = validation_labels()
     with tarfile.open(path, mode="r:") as archive:
         images = [image for image in archive if image.isfile()]
@@ -247,9 +259,9 @@ def _validation_images(path: pathlib.Path) -> Iterator[Image]:
 
 @functools.cache
 def validation_labels() -> dict[str, str]:
-    """Returns the classes of all validation images by their files' names, in order.
+    """Returns the classes of all validation images by file name, in the order of the names.
 
-    TFDS has them as a list, in the order of the names.
+    They are read from a list that comes with TFDS.
     """
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     wnids = path.read_text().split()
@@ -257,17 +269,17 @@ def validation_labels() -> dict[str, str]:
 
 
 def label_check(builder: tfds.core.DatasetBuilder) -> Callable[[str, bytes], None]:
-    """Returns a function that checks the label of a record that TFDS's own builder has made.
+    """Returns a function that checks the label of a record made by TFDS's own builder.
 
-    TFDS labels validation images by their order in the archive, so that those of a part of it, or
-    under other names, have wrong labels.
+    TFDS labels validation images by their order in the archive, so that images of a part of the
+    archive, or under other names, get wrong labels.
 
     Args:
-      builder: of the data set, which is prepared.
+      builder: builder of the prepared data set.
 
     Returns:
       A function of a split's name and a serialised example that raises an `InputError` if the
-      label is not that of the file's name.
+      label is not that of the example's file name.
     """
     labels, features = validation_labels(), builder.info.features
     decoders = {"image": tfds.decode.SkipDecoding()}
@@ -289,11 +301,11 @@ def label_check(builder: tfds.core.DatasetBuilder) -> Callable[[str, bytes], Non
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, for an archive in an archive."""
+    """Read-only view of a byte range of a file as a file, for an archive in an archive."""
 
     def __init__(self, file: BinaryIO, start: int, length: int):
         super().__init__()
-        self._file, self._start, self._length, self._place = file, start, length, 0
+        self._file, self._start, self._length, self._position = file, start, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -302,19 +314,19 @@ class _Window(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
-        self._place = base + offset
-        return self._place
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._place))
-        self._file.seek(self._start + self._place)
+        count = max(0, min(len(buffer), self._length - self._position))
+        self._file.seek(self._start + self._position)
         data = self._file.read(count)
         buffer[: len(data)] = data
-        self._place += len(data)
+        self._position += len(data)
         return len(data)
 
 
@@ -326,8 +338,8 @@ def _write_split(
     images: list[Image],
     num_shards: int | None,
 ) -> tfds.core.SplitInfo:
-    """Writes the shards of a split that are not there yet, and the labels in their order."""
-    hasher = hashing.Hasher(split)  # TFDS's order: that of the hashed names
+    """Writes the missing shards of a split, and a file of its labels."""
+    hasher = hashing.Hasher(split)  # TFDS orders examples by the hashes of their names
     images = sorted(images, key=lambda image: hasher.hash_key(image.file_name))
     num_bytes = sum(image.num_bytes for image in images)
     count = shard_utils.ShardConfig(num_shards=num_shards).get_number_shards(num_bytes, len(images))
@@ -336,7 +348,9 @@ def _write_split(
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
     )
-    bar = tqdm(total=num_bytes, desc=split, unit="B", unit_scale=True, disable=records.no_bar())
+    bar = tqdm(
+        total=num_bytes, desc=split, unit="B", unit_scale=True, disable=records.hide_progress()
+    )
     with archive_path.open("rb") as archive, bar:
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             path = pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=count))
@@ -355,7 +369,7 @@ def _write_split(
 
 
 def _write_shard(builder: Any, archive: BinaryIO, images: list[Image], path: pathlib.Path) -> None:
-    """Writes one file of records, whole or not at all."""
+    """Writes one shard of a split, whole or not at all."""
 
     def examples() -> Iterator[tuple[str, bytes]]:
         for image in images:

@@ -1,8 +1,8 @@
-"""Batches as a pure function of (seed, step, process): nothing to save, nothing to skip.
+"""Batches as a pure function of (seed, step, process), with no state to save or restore.
 
-The global batch at a step is a run of consecutive ordinals in an endless stream of epochs, each a
-permutation of the whole data set; a process reads its share of it. Starting at step k computes
-step k, and touches nothing before it.
+The global batch at a step is a range of consecutive ordinals in an endless stream of epochs, each a
+permutation of the whole data set; a process reads its shard of the batch. An iterator that starts
+at step k reads nothing before it.
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ from spvit_jax.data.unreadable import UnreadableExamples
 from spvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-Example = dict[str, tf.Tensor]  # as it was fetched: see `_Reader._fields`
+Example = dict[str, tf.Tensor]  # with the fields of `_Reader._fields`
 
-_UNREADABLE = (OSError, ValueError, RuntimeError)  # what sources raise; the last is ArrayRecord's
-_as_is = tf.autograph.experimental.do_not_convert  # functions with no control flow to be found
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+)  # raised by sources; RuntimeError is ArrayRecord's
+_as_is = tf.autograph.experimental.do_not_convert  # for functions without Python control flow
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShard:
-    """Which part of each global batch a process reads.
+    """The part of each global batch that a process reads.
 
     Attributes:
-      parts: of the equal parts that a batch is cut into, the one that the process reads, or
-        several in rising order; in 0 … count-1.
-      count: the number of parts.
+      parts: index of the part that the process reads, or several in rising order; in
+        0 … count-1.
+      count: number of equal parts that a global batch is divided into.
     """
 
     parts: int | tuple[int, ...] = 0
     count: int = 1
 
     def of(self, batch_size: int) -> int:
-        """Returns the examples of a global batch that one process reads."""
+        """Returns the number of examples of a global batch that the process reads."""
         return len(self._rows(batch_size))
 
     def ordinals(self, step: tf.Tensor, batch_size: int) -> tf.Tensor:
-        """Returns the places int64 [b] of the process's examples in the stream of all batches."""
+        """Returns the ordinals int64 [b] of the examples that the process reads at a step."""
         return step * batch_size + tf.constant(self._rows(batch_size), tf.int64)
 
     def _rows(self, batch_size: int) -> np.ndarray:
@@ -60,16 +64,16 @@ class BatchShard:
 
 
 class BatchIterator(Iterator[Batch]):
-    """NumPy batches from a step on; a context manager that ends the threads behind them.
+    """Iterator over NumPy batches from a step on; a context manager that ends its threads.
 
-    An example that cannot be read costs itself alone: another is read in its place.
+    An example that cannot be read is replaced by another one.
 
-    A live tf.data iterator over Python code can hang the interpreter at exit, so whoever makes
-    one closes it.
+    A live tf.data iterator over Python code can hang the interpreter at exit, so use it in a
+    `with` statement.
     """
 
     def __init__(self, reader: _Reader, start: int, stop: int):
-        """Reads the batches of steps start … stop-1."""
+        """Starts to read the batches of steps start … stop-1."""
         self._reader, self._step, self._stop = reader, start, stop
         self._iterator: Iterator[Batch] | None = reader.batches(start, stop)
 
@@ -111,28 +115,27 @@ def train_batches(
 
     Args:
       source: the training examples.
-      transform: makes an image from its encoding and a seed.
-      batch_size: of the global batch, a multiple of the share's number of parts.
-      seed: of order and augmentation.
+      transform: transform from an encoded image and a seed to a training image.
+      batch_size: size of the global batch, a multiple of `shard.count`.
+      seed: seed of the examples' order and augmentation.
       start_step: the step of the first batch.
-      repeats: how often an example occurs in a row, each time augmented anew (repeated
-        augmentation, arXiv 1902.05509); the stream then takes so many times longer to go through
-        all examples.
-      label_maps: of the whole split, to go with the images.
-      share: which part of each batch this process reads.
-      threads: for decoding; None for one per core. The batches do not depend on it.
-      max_unreadable: how many examples may turn out damaged; in the place of one the next in the
-        source is read.
+      repeats: number of times that an example occurs in a row, each time augmented anew (repeated
+        augmentation, arXiv 1902.05509); an epoch is then that many times longer.
+      label_maps: label maps of the whole split, to be read with the images.
+      shard: the part of each batch that this process reads.
+      threads: number of threads that decode; None for one per core. Batches do not depend on it.
+      max_unreadable: number of examples that may be unreadable; the next readable one in the
+        source replaces each.
 
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
-      example's number in the source. With label maps also `label_map` float16 [b, 2, K, h, w],
-      and what part of the image the crop is: `box` float32 [b, 4] and `flip` bool [b], as
-      `TrainTransform.with_box` returns them.
+      example's index in the source. With label maps also `label_map` float16 [b, 2, K, h, w], and
+      the crop's `box` float32 [b, 4] and `flip` bool [b], as `TrainTransform.with_box` returns
+      them.
 
     Raises:
-      InputError: the batch size is not a multiple of the share's number of parts; later, in
-        the iterator: too many examples cannot be read.
+      InputError: the batch size is not a multiple of `shard.count`; later, in the iterator: too
+        many examples cannot be read.
     """
     local = shard.of(batch_size)
 
@@ -163,24 +166,24 @@ def eval_batches(
     threads: int | None = None,
     max_unreadable: int = 0,
 ) -> BatchIterator:
-    """Returns batches in which each example occurs once, with a mask over what fills up the last.
+    """Returns the batches of evaluation, in which each example occurs once, with a mask of padding.
 
     Args:
-      source: the examples.
-      transform: makes an image from its encoding.
-      batch_size: of the global batch, a multiple of the share's number of parts.
-      share: which part of each batch this process reads; all get the same number of batches.
+      source: the evaluation examples.
+      transform: transform from an encoded image to an evaluation image.
+      batch_size: size of the global batch, a multiple of `shard.count`.
+      shard: the part of each batch that this process reads; all get the same number of batches.
       threads: as in `train_batches`.
-      max_unreadable: how many examples may turn out damaged; their mask is 0.
+      max_unreadable: number of examples that may be unreadable; their mask is 0.
 
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` (int32 [b], or uint8 [b, C] where an
       image may have several), `index` int64 [b] and `mask` float32 [b], 1 for an example and 0
-      for padding.
+      for padding or an unreadable one.
 
     Raises:
-      InputError: the batch size is not a multiple of the share's number of parts; later, in
-        the iterator: too many examples cannot be read.
+      InputError: the batch size is not a multiple of `shard.count`; later, in the iterator: too
+        many examples cannot be read.
     """
     local, total = shard.of(batch_size), len(source)
 
@@ -202,19 +205,19 @@ def eval_batches(
 
 
 def shuffled_index(ordinal: tf.Tensor, total: int, seed: int) -> tf.Tensor:
-    """Returns the example at each place of the endless stream of shuffled epochs.
+    """Returns the index of the example at each ordinal of the endless stream of shuffled epochs.
 
     Args:
-      ordinal: int64 [n], places in the stream.
-      total: the number of examples; places k·total to (k+1)·total - 1 hold each of them once.
-      seed: of the permutations, one per epoch.
+      ordinal: int64 [n], positions in the stream.
+      total: number of examples; ordinals k·total to (k+1)·total - 1 are each of them once.
+      seed: seed of the permutations, one per epoch.
 
     Returns:
-      int64 [n] in 0 … total-1.
+      Indices int64 [n] in 0 … total-1.
     """
     epoch, position = ordinal // total, ordinal % total
-    # The operation's permutations are hardly random under keys that are as alike as the numbers of
-    # epochs are, nor with the four rounds that are its default.
+    # Consecutive epochs as keys, or the operation's default of four rounds, would give permutations
+    # that are hardly random.
     key = _hash(_hash(tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))) + epoch)
     words = tf.concat([tf.bitcast(key, tf.int32), tf.bitcast(_hash(key), tf.int32)], axis=1)
     return tf.raw_ops.RandomIndexShuffle(
@@ -234,18 +237,18 @@ def _hash(x: tf.Tensor) -> tf.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads examples and makes batches of them.
+    """Reader of examples that makes batches of them.
 
     Attributes:
-      source: of the examples.
-      label_maps: to be fetched with them, or None.
-      locate: from a step to the examples' indices and ordinals, int64 [b] each.
-      make: from an example and its ordinal to what it becomes in a batch.
-      batch_size: b, of this process.
-      threads: for decoding; None for one per core.
-      unreadable: counts the examples that cannot be read.
-      replacements: from the ordinal of such an example to the index of the one read in its place:
-        the next in the source that can be. A function of the ordinal alone, found when it fails.
+      source: the examples.
+      label_maps: label maps to fetch with the examples, or None.
+      locate: function from a step to its examples' indices and ordinals, int64 [b] each.
+      make: function from an example and its ordinal to its fields in a batch.
+      batch_size: number of examples that this process reads per batch, b.
+      threads: number of threads that decode; None for one per core.
+      unreadable: count of the examples that cannot be read.
+      replacements: by ordinal of an unreadable example, the index of the example that replaces it,
+        the next readable one in the source. Depends on the ordinal alone; found when it fails.
     """
 
     source: Source
@@ -259,7 +262,7 @@ class _Reader:
 
     @property
     def _fields(self) -> list[tuple[str, tf.DType, tuple[int, ...]]]:
-        """Name, dtype and shape of what is fetched for each example."""
+        """Name, dtype and shape of each field that is fetched for an example."""
         several = self.source.several_labels
         label = (tf.uint8, (self.source.num_classes,)) if several else (tf.int32, ())
         fields = [
@@ -273,7 +276,7 @@ class _Reader:
         return fields
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Returns the batches of steps start … stop-1."""
+        """Returns a tf.data iterator over the batches of steps start … stop-1."""
 
         def fetch(indices: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, ...]:
             wanted = indices
@@ -284,9 +287,8 @@ class _Reader:
                 )
             try:
                 return self._fetch(wanted, wanted == indices)
-            except (
-                _UNREADABLE
-            ):  # none can be decoded then, and `replace_unreadable` finds out which it was
+            except _UNREADABLE:
+                # Empty images fail to decode, and `replace_unreadable` then finds the unreadable.
                 return tuple(
                     np.full(
                         (len(indices), *shape),
@@ -313,25 +315,25 @@ class _Reader:
         batches = made.batch(self.batch_size, drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.threading.private_threadpool_size = parallel
-        options.autotune.enabled = False  # its thread can take a minute to end with the iterator
+        options.autotune.enabled = False  # its thread can take a minute to stop
         return batches.with_options(options).as_numpy_iterator()
 
     def replace_unreadable(self, step: int) -> bool:
-        """Finds which examples of a step cannot be read, and others to stand in for them.
+        """Finds the unreadable examples of a step, and others to replace them.
 
         Returns:
-          Whether there were any.
+          Whether any example of the step was unreadable.
 
         Raises:
-          InputError: there are too many by now.
+          InputError: more examples are unreadable than allowed.
         """
-        found, quick = False, tf.function(self.make, autograph=False)
+        found, compiled = False, tf.function(self.make, autograph=False)
         indices, ordinals = self.locate(tf.constant(step, tf.int64))
         for index, ordinal in zip(indices.numpy().tolist(), ordinals.numpy().tolist(), strict=True):
             candidate = self.replacements.get(ordinal, index)
-            while (error := self._error_of(candidate, ordinal, quick)) is not None:
-                # The error of a graph is a page long; the same outside of one is a line.
-                self.unreadable.note(
+            while (error := self._error_of(candidate, ordinal, compiled)) is not None:
+                # The error message of a graph is a page long, that of eager execution a line.
+                self.unreadable.record(
                     candidate, self._error_of(candidate, ordinal, self.make) or error
                 )
                 candidate = (candidate + 1) % len(self.source)
@@ -342,7 +344,7 @@ class _Reader:
     def _error_of(
         self, index: int, ordinal: int, make: Callable[[Example, tf.Tensor], dict]
     ) -> Exception | None:
-        """Returns why an example cannot be read, or None if it can."""
+        """Returns the error that reading an example raises, or None if it can be read."""
         try:
             fetched = self._fetch(np.array([index]), np.array([True]))
             example = {
@@ -351,15 +353,15 @@ class _Reader:
             }
             try:
                 make(example, tf.constant(ordinal, tf.int64))
-            except tf.errors.OpError as error:  # which says damaged of what is too large
-                words = decode.too_large(example["encoded"].numpy())
-                return ValueError(words) if words else error
+            except tf.errors.OpError as error:  # calls also too large images damaged
+                message = decode.too_large(example["encoded"].numpy())
+                return ValueError(message) if message else error
         except (tf.errors.OpError, *_UNREADABLE) as error:
             return error
         return None
 
     def _fetch(self, indices: np.ndarray, intact: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the fields of examples [n], which are the ones that were asked for or not."""
+        """Returns the fields of examples [n]; `intact` [n] tells them from replacements."""
         images, labels = self.source.fetch(indices)
         fetched = indices, intact, np.array(images, object), labels
         if self.label_maps is None:

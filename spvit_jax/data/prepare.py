@@ -1,13 +1,13 @@
-"""Makes a TFDS data set ready for training, and says what it made.
+"""Prepares a TFDS data set for training, and prints its contents.
 
     python -m spvit_jax.data.prepare --dataset=imagenet2012 --manual_dir=/archives --data_dir=/data
     python -m spvit_jax.data.prepare --dataset=imagenet2012_real --manual_dir=/archives
     python -m spvit_jax.data.prepare --dataset=imagenet_v2/matched-frequency
     python -m spvit_jax.data.prepare --dataset=imagenet2012 --data_dir=DATA
 
-For `imagenet2012` it reads `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, checks that
-they are whole, and goes on where it was interrupted; `--partial` takes smaller ones, for trying
-things out. ImageNet-ReaL needs the second archive, and its labels are downloaded; ImageNet-V2 is
+`imagenet2012` is made from `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which must be
+complete, and resumes after an interruption; `--partial` accepts smaller ones, for trying things
+out. ImageNet-ReaL needs the second archive, and its labels are downloaded; ImageNet-V2 is
 downloaded, as are other data sets of TFDS. Where TFDS has prepared a data set in DATA as TFRecord,
 its default, ArrayRecord files are added, without the archives.
 """
@@ -23,7 +23,7 @@ from absl import flags
 
 from spvit_jax import cli
 from spvit_jax.data import imagenet, records
-from spvit_jax.data.sources import TfdsSource, builder_of, label_feature, only_one_process
+from spvit_jax.data.sources import TfdsSource, builder_of, label_feature, preparation_lock
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -31,59 +31,59 @@ from spvit_jax.errors import InputError
 def prepare(
     name: str, manual_dir: pathlib.Path | None, data_dir: pathlib.Path, *, partial: bool = False
 ) -> tfds.core.DatasetBuilder:
-    """Makes a data set ready, unless it is.
+    """Prepares a data set for training, unless it is prepared, and returns its builder.
 
     Args:
-      name: of TFDS.
-      manual_dir: holds archives that have to be downloaded by hand, where the data set has such.
-      data_dir: where TFDS data sets are kept.
-      partial: for imagenet2012, whether a part of it will do.
+      name: name of a TFDS data set.
+      manual_dir: folder of the archives that have to be downloaded by hand, if any.
+      data_dir: folder of the TFDS data sets.
+      partial: for imagenet2012, whether to accept a part of it.
 
     Raises:
-      InputError: there is no such data set, it has no images, an archive or a file of what was
-        prepared is missing or damaged, or the disk is full or cannot be written.
+      InputError: the data set does not exist or has no images, an archive or a prepared file is
+        missing or damaged, or the disk is full or cannot be written.
     """
     try:
         builder = builder_of(name, str(data_dir))
         label_feature(name, builder)
         if builder.is_prepared():
-            return _converted(builder, name, data_dir, partial)
+            return _add_array_records(builder, name, data_dir, partial)
         if name == imagenet.NAME and manual_dir is not None:
             return imagenet.prepare(manual_dir, data_dir, partial=partial)
-        return _made_by_tfds(builder, name, manual_dir, data_dir)
+        return _prepare_with_tfds(builder, name, manual_dir, data_dir)
     except OSError as error:
         raise InputError(f"data set {name!r} cannot be prepared in {data_dir}: {error}") from error
 
 
-def _converted(
+def _add_array_records(
     builder: tfds.core.DatasetBuilder, name: str, data_dir: pathlib.Path, partial: bool
 ) -> tfds.core.DatasetBuilder:
-    """Adds ArrayRecord files to a data set that was prepared without them."""
+    """Adds ArrayRecord files to a prepared data set that lacks them, and returns its builder."""
     check_label = None
     if builder.name == imagenet.NAME:
         check_label = imagenet.label_check(builder)
         if not partial:
             imagenet.check_complete(builder)
     if not records.is_converted(builder):
-        with only_one_process(data_dir):
+        with preparation_lock(data_dir):
             records.convert(builder, check_label)
     return builder_of(name, str(data_dir))
 
 
-def _made_by_tfds(
+def _prepare_with_tfds(
     builder: tfds.core.DatasetBuilder,
     name: str,
     manual_dir: pathlib.Path | None,
     data_dir: pathlib.Path,
 ) -> tfds.core.DatasetBuilder:
-    """Has TFDS make a data set."""
+    """Prepares a data set with TFDS itself, and returns its builder."""
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
         wanted = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         raise InputError(f"data set {name!r} needs --manual_dir=DIR: {wanted}")
     if manual_dir is not None:
         imagenet.check_validation_archive(manual_dir)
     try:
-        with only_one_process(data_dir):
+        with preparation_lock(data_dir):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
             )
@@ -95,7 +95,7 @@ def _made_by_tfds(
 
 
 def describe(name: str, data_dir: pathlib.Path) -> str:
-    """Returns what a data set that is ready holds: counts, bytes, and one image, decoded."""
+    """Returns the contents of a prepared data set in words: counts, bytes, and its first image."""
     info = builder_of(name, str(data_dir)).info
     lines = [f"{name:15} {info.data_dir}"]
     for split, found in info.splits.items():
@@ -106,15 +106,16 @@ def describe(name: str, data_dir: pathlib.Path) -> str:
             f"{len(found.shard_lengths)} files, {size} bytes"
         )
         (encoded,), labels = source.fetch(np.array([0]))
-        right = np.flatnonzero(labels[0]).tolist() if source.several_labels else labels.tolist()
+        numbers = np.flatnonzero(labels[0]).tolist() if source.several_labels else labels.tolist()
         lines.append(
-            f"{'':15} the first: {_look_of(encoded)}, label {', '.join(map(str, right)) or 'none'}"
+            f"{'':15} the first: {_describe_image(encoded)}, "
+            f"label {', '.join(map(str, numbers)) or 'none'}"
         )
     return "\n".join(lines)
 
 
-def _look_of(encoded: bytes) -> str:
-    """Returns an image's size and mean in words."""
+def _describe_image(encoded: bytes) -> str:
+    """Returns an encoded image's shape and mean in words."""
     try:
         image = tf.io.decode_image(encoded, expand_animations=False).numpy()
     except tf.errors.OpError:
@@ -123,11 +124,11 @@ def _look_of(encoded: bytes) -> str:
 
 
 def main() -> None:
-    """Defines the flags and runs the command."""
-    name = flags.DEFINE_string("dataset", imagenet.NAME, "Of TFDS.")
+    """Defines the flags of `spvit_jax.data.prepare` and runs it."""
+    name = flags.DEFINE_string("dataset", imagenet.NAME, "Name of a TFDS data set.")
     manual_dir = flags.DEFINE_string("manual_dir", None, "Folder of the archives.")
-    data_dir = flags.DEFINE_string("data_dir", "data", "Where TFDS data sets are kept.")
-    partial = flags.DEFINE_bool("partial", False, "Take a part of imagenet2012.")
+    data_dir = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
+    partial = flags.DEFINE_bool("partial", False, "Accept a part of imagenet2012.")
 
     def run() -> None:
         folder = None if manual_dir.value is None else pathlib.Path(manual_dir.value)

@@ -1,7 +1,6 @@
-"""Files of records: ArrayRecord written whole or not at all, checked, and made of TFRecord.
+"""Files of records: atomic writes and checks of ArrayRecord, and conversion from TFRecord.
 
-What is in the records and where it comes from is in `imagenet.py`, how they are read in
-`sources.py`.
+ImageNet's records are made in `imagenet.py`; records are read in `sources.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +21,16 @@ from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
 _GIB = 2**30
-_UNREADABLE = (OSError, RuntimeError, ValueError)  # ArrayRecord's and Parquet's
+_UNREADABLE = (OSError, RuntimeError, ValueError)  # raised by ArrayRecord and Parquet
 
 
 class RecordFile(Protocol):
-    """A file and how many records it should hold, as TFDS's `FileInstruction` says it."""
+    """File of records and the number of records that it should hold; TFDS's `FileInstruction`.
+
+    Attributes:
+      filename: path of the file.
+      examples_in_shard: number of records.
+    """
 
     filename: str
     examples_in_shard: int
@@ -36,17 +40,17 @@ def write(path: pathlib.Path, records: Iterable[tuple[str, bytes]]) -> None:
     """Writes an ArrayRecord file, whole or not at all.
 
     Args:
-      path: of the file.
+      path: path of the file.
       records: pairs of a key, which is not written, and a record.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(temporary, records)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+    except (OSError, RuntimeError) as error:  # RuntimeError is ArrayRecord's
         raise InputError(
             f"cannot write {path}: {error}; what is finished is kept, and the same command goes on"
         ) from error
@@ -55,7 +59,7 @@ def write(path: pathlib.Path, records: Iterable[tuple[str, bytes]]) -> None:
 
 
 def check_space(directory: pathlib.Path, needed: int) -> None:
-    """Raises an `InputError` if a disk has less than `needed` bytes left."""
+    """Raises an `InputError` if a directory's disk has less than `needed` bytes free."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise InputError(
@@ -65,23 +69,23 @@ def check_space(directory: pathlib.Path, needed: int) -> None:
 
 
 def check_files(files: Sequence[RecordFile], file_format: FileFormat) -> None:
-    """Checks by their indices that files of records are there and whole, without reading them.
+    """Checks that files of records exist and are complete, by their indices alone.
 
     Raises:
-      InputError: one is missing or cut off, or holds more or fewer records than it should.
+      InputError: a file is missing or cut off, or holds another number of records than it should.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        unreadable = pool.map(lambda file: _fault(file, file_format), files)
-        for file, fault in zip(files, unreadable, strict=True):
-            if fault is not None:
+        problems = pool.map(lambda file: _problem_of(file, file_format), files)
+        for file, problem in zip(files, problems, strict=True):
+            if problem is not None:
                 raise InputError(
-                    f"{file.filename} {fault}; copy it again, or remove its folder and prepare the "
-                    "data set anew"
+                    f"{file.filename} {problem}; copy it again, or remove its folder and prepare "
+                    "the data set anew"
                 )
 
 
-def _fault(file: RecordFile, file_format: FileFormat) -> str | None:
-    """Returns what is wrong with a file of records, if anything."""
+def _problem_of(file: RecordFile, file_format: FileFormat) -> str | None:
+    """Returns the problem of a file of records in words, or None if it is complete."""
     if not pathlib.Path(file.filename).is_file():
         return "is not there"
     try:
@@ -94,7 +98,7 @@ def _fault(file: RecordFile, file_format: FileFormat) -> str | None:
 
 
 def is_converted(builder: tfds.core.DatasetBuilder) -> bool:
-    """Returns whether there is nothing for `convert` to do for a data set that is prepared."""
+    """Returns whether a prepared data set has all its files in a format with random access."""
     if _prepared_as(builder) in FileFormat.with_random_access():
         return True
     known = builder.info.file_format == FileFormat.ARRAY_RECORD
@@ -106,12 +110,12 @@ def convert(
 ) -> None:
     """Adds ArrayRecord files to a data set that TFDS has prepared as TFRecord, its default.
 
-    The records are copied as they are, file by file, and the TFRecord files stay; in TFDS's words
-    ArrayRecord becomes an alternative format of the data set. Files that are whole are kept.
+    Records are copied unchanged, file by file, and the TFRecord files stay; ArrayRecord becomes an
+    alternative format of the data set, in TFDS's terms. Complete ArrayRecord files are kept.
 
     Args:
-      builder: of the data set, which is prepared.
-      check_record: called with a split's name and each record of it; raises for one that is wrong.
+      builder: builder of the prepared data set.
+      check_record: function of a split's name and a record of it that raises for a wrong one.
 
     Raises:
       InputError: a file cannot be read to its end or written, or the disk is full.
@@ -126,7 +130,9 @@ def convert(
             raise InputError(f"{source.filename} is not there; copy it again")
     sizes = [pathlib.Path(source.filename).stat().st_size for _, source, _ in missing]
     check_space(directory, sum(sizes))
-    bar = tqdm(total=sum(sizes), desc=builder.name, unit="B", unit_scale=True, disable=no_bar())
+    bar = tqdm(
+        total=sum(sizes), desc=builder.name, unit="B", unit_scale=True, disable=hide_progress()
+    )
     with bar:
         for (split, source, target), size in zip(missing, sizes, strict=True):
             write(pathlib.Path(target.filename), _checked(_tf_records(source), split, check_record))
@@ -135,7 +141,7 @@ def convert(
     if FileFormat.ARRAY_RECORD.value not in info.alternative_file_formats:
         info.file_format = file_format.value  # TFDS did not always write it
         info.alternative_file_formats.append(FileFormat.ARRAY_RECORD.value)
-        # The file is replaced when it is whole: without it nothing is a data set any more.
+        # Replaced atomically, since a data set without this file is lost.
         path = pathlib.Path(dataset_info.dataset_info_path(directory))
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(dataset_info.get_dataset_info_json(info))
@@ -143,14 +149,14 @@ def convert(
 
 
 def _prepared_as(builder: tfds.core.DatasetBuilder) -> FileFormat:
-    """Returns the format that a data set was first written in."""
+    """Returns the file format that a data set was first prepared in."""
     info = dataset_info.read_proto_from_builder_dir(builder.data_dir)
     return FileFormat(info.file_format or FileFormat.TFRECORD)
 
 
 def _unconverted(builder: tfds.core.DatasetBuilder) -> list[tuple[str, RecordFile, RecordFile]]:
-    """Returns the splits, TFRecord files and ArrayRecord files of which the last are not whole."""
-    # Small splits first: what is wrong with them is found before hours are spent on large ones.
+    """Returns the splits, TFRecord files and ArrayRecord files to convert: (split, from, to)."""
+    # Small splits first: their problems are found before hours are spent on large ones.
     splits = sorted(builder.info.splits.items(), key=lambda item: item[1].num_examples)
     return [
         (name, source, target)
@@ -158,12 +164,12 @@ def _unconverted(builder: tfds.core.DatasetBuilder) -> list[tuple[str, RecordFil
         for source, target in zip(
             _files(split, FileFormat.TFRECORD), _files(split, FileFormat.ARRAY_RECORD), strict=True
         )
-        if _fault(target, FileFormat.ARRAY_RECORD) is not None
+        if _problem_of(target, FileFormat.ARRAY_RECORD) is not None
     ]
 
 
 def _files(split: tfds.core.SplitInfo, file_format: FileFormat) -> list[RecordFile]:
-    """Returns the files of a split as they are called in a format."""
+    """Returns the files of a split in a file format."""
     template = split.filename_template.replace(filetype_suffix=file_format.file_suffix)
     return split.replace(filename_template=template).file_instructions
 
@@ -189,12 +195,13 @@ def _tf_records(file: RecordFile) -> Iterator[bytes]:
 def _checked(
     records: Iterable[bytes], split: str, check_record: Callable[[str, bytes], None] | None
 ) -> Iterator[tuple[str, bytes]]:
+    """Yields checked records with an empty key, as `write` takes them."""
     for record in records:
         if check_record is not None:
             check_record(split, record)
         yield "", record
 
 
-def no_bar() -> bool:
-    """Returns whether progress is shown to nobody."""
+def hide_progress() -> bool:
+    """Returns whether to hide progress bars, which is when stderr is no terminal."""
     return not sys.stderr.isatty()

@@ -1,7 +1,7 @@
-"""Where examples are read from: TFDS's records, and parts of another source.
+"""Sources of examples: splits of TFDS data sets, and subsets of another source.
 
-Folders of images are in `folders.py`; what data sets there are by name, and which part of one is
-used, in `datasets.py`.
+Folders of images are in `folders.py`; data sets by name, and the parts of them that a run uses, in
+`datasets.py`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from spvit_jax.data.digits import Digits
 from spvit_jax.data.records import check_files
 from spvit_jax.errors import InputError, nearest
 
-_AT_ONCE = 1024  # records that are read together when all of them are
+_CHUNK = 1024  # records per read when all labels are read
 
 
 class Source(Protocol):
-    """Examples by index: the encoded images and their labels.
+    """Random access to examples: encoded images and their labels by index.
 
     Attributes:
-      class_names: names of the classes by number, C of them.
-      num_classes: C; labels are in 0 … C-1.
+      class_names: names of the C classes by number.
+      num_classes: number of classes, C; labels are in 0 … C-1.
       several_labels: whether an image may have any number of labels rather than one.
     """
 
@@ -43,31 +43,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def places(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the places [n] of examples [n] in the whole split, as label maps count them."""
+        """Returns the indices [n] of examples [n] in the whole split, which index label maps."""
         ...
 
     def file_names(self, indices: np.ndarray) -> list[str]:
-        """Returns the names of the files that examples [n] were made of.
+        """Returns the names of the image files of examples [n].
 
         Raises:
-          InputError: they are not known.
+          InputError: the names are not known.
         """
         ...
 
     def labels(self) -> np.ndarray:
-        """Returns the labels of all examples, as `fetch` does."""
+        """Returns the labels of all examples, in the form of `fetch`."""
         ...
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         """Returns the encoded images and the labels of examples [n]; thread safe.
 
-        Labels are int32 [n], or, where there may be several, uint8 [n, C], 1 for each.
+        Labels are int32 [n], or with `several_labels` uint8 [n, C], 1 for each label.
         """
         ...
 
 
 class TfdsSource:
-    """A split of a TFDS data set, read at random from ArrayRecord files.
+    """Split of a TFDS data set with random access to its ArrayRecord files.
 
     The label is the feature `label`, or in ImageNet-ReaL (arXiv 2006.07159) `real_label`.
     """
@@ -115,26 +115,27 @@ class TfdsSource:
         return [record["file_name"].decode() for record in records]
 
     def labels(self) -> np.ndarray:
-        """Reads them from a file beside the records, which is made the first time."""
+        """Returns the labels of all examples, from a file that is made the first time."""
         infos = self._builder.info.splits
         parts = tfds.core.ReadInstruction.from_spec(self._split).to_absolute(infos)
         return np.concatenate([self._labels_of(p.splitname)[p.from_ : p.to] for p in parts])
 
     def _labels_of(self, split: str) -> np.ndarray:
+        """Returns the labels of a whole split, from its file of labels or from the records."""
         path = labels_file(self._builder, split)
         if path.exists():
             return np.load(path)
         whole = TfdsSource(self._name, split, self._data_dir)
         chunks = [
-            whole.fetch(np.arange(start, min(start + _AT_ONCE, len(whole))))[1]
+            whole.fetch(np.arange(start, min(start + _CHUNK, len(whole))))[1]
             for start in tqdm(
-                range(0, len(whole), _AT_ONCE),
+                range(0, len(whole), _CHUNK),
                 desc=f"labels of {split}",
-                disable=len(whole) < 50 * _AT_ONCE or not sys.stderr.isatty(),
+                disable=len(whole) < 50 * _CHUNK or not sys.stderr.isatty(),
             )
         ]
         labels = np.concatenate(chunks)
-        with contextlib.suppress(OSError):  # where data may not be written it is read each time
+        with contextlib.suppress(OSError):  # in a read-only folder they are read each time
             save_labels(path, labels)
         return labels
 
@@ -150,10 +151,10 @@ class TfdsSource:
 
 
 def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a data set that is on disk, or can be put there without help.
+    """Returns the builder of a data set, which is prepared first where that needs no archives.
 
     Raises:
-      InputError: there is no such data set, or it is not there and cannot be made.
+      InputError: the data set does not exist, or is not on disk and cannot be prepared.
     """
     try:
         builder = builder_of(name, data_dir)
@@ -165,7 +166,7 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                     f"python -m spvit_jax.data.prepare --dataset={name} --manual_dir=DIR "
                     f"--data_dir={data_dir}"
                 )
-            with only_one_process(pathlib.Path(data_dir)):
+            with preparation_lock(pathlib.Path(data_dir)):
                 builder = builder_of(name, data_dir)
                 builder.download_and_prepare()
     except (OSError, AssertionError, ValueError) as error:
@@ -178,10 +179,10 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a data set, which may not be prepared.
+    """Returns the builder of a data set, prepared or not.
 
     Raises:
-      InputError: there is no such data set.
+      InputError: the data set does not exist.
     """
     if name == Digits.name:
         return Digits(data_dir=data_dir, file_format="array_record")
@@ -199,10 +200,10 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def label_feature(name: str, builder: tfds.core.DatasetBuilder) -> str:
-    """Returns which feature of a data set of images holds the labels.
+    """Returns the name of the feature that holds the labels of a data set.
 
     Raises:
-      InputError: it is not one of images with labels.
+      InputError: the data set does not have images with labels.
     """
     found = builder.info.features
     features = found if isinstance(found, tfds.features.FeaturesDict) else {}
@@ -216,8 +217,8 @@ def label_feature(name: str, builder: tfds.core.DatasetBuilder) -> str:
 
 
 @contextlib.contextmanager
-def only_one_process(directory: pathlib.Path) -> Iterator[None]:
-    """Holds a lock in a directory, so that of several processes one prepares and the rest find.
+def preparation_lock(directory: pathlib.Path) -> Iterator[None]:
+    """Holds a lock in a directory, so that only one process at a time prepares data there.
 
     Raises:
       InputError: the directory cannot be written.
@@ -236,18 +237,18 @@ def only_one_process(directory: pathlib.Path) -> Iterator[None]:
 
 
 def labels_file(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
-    """Returns the file beside a split's records that holds their labels in order."""
+    """Returns the path of the file with a split's labels, beside its records."""
     return pathlib.Path(builder.data_dir) / f"labels-{split}.npy"
 
 
 def save_labels(path: pathlib.Path, labels: np.ndarray) -> None:
-    """Writes labels, whole or not at all."""
+    """Writes a file of labels, whole or not at all."""
     with atomic.replacing(path) as temporary:
         np.save(temporary, labels)
 
 
 class Subset:
-    """Some of the examples of another source."""
+    """Subset of the examples of another source, in the order of `indices`."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.class_names, self.num_classes = source.class_names, source.num_classes
@@ -272,10 +273,10 @@ class Subset:
 
 
 class Renumbered:
-    """Another source's examples, with their classes numbered as in another table."""
+    """Examples of another source, with classes numbered as in `class_names`."""
 
     def __init__(self, source: Source, class_names: ClassNames):
-        """Takes a source whose classes are all in the table."""
+        """Renumbers the classes of a source, all of which are in `class_names`."""
         self.class_names, self.num_classes = class_names, len(class_names)
         self.several_labels = source.several_labels
         self._source = source
@@ -299,6 +300,7 @@ class Renumbered:
         return images, self._renumber(labels)
 
     def _renumber(self, labels: np.ndarray) -> np.ndarray:
+        """Returns labels, in the form of `fetch`, by the new numbers."""
         if not self.several_labels:
             return self._numbers[labels]
         renumbered = np.zeros((len(labels), self.num_classes), labels.dtype)

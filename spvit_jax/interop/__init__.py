@@ -1,6 +1,6 @@
-"""Weights of PyTorch, in and out: the checkpoints of the papers' authors, of DeiT and of timm.
+"""Import and export of PyTorch weights: checkpoints of the papers' authors, of DeiT and of timm.
 
-Here are names, layouts and files; `spvit_jax.weights.load_torch` puts weights into a model.
+Names, layouts and files of weights; `spvit_jax.weights` loads them into a model.
 """
 
 from __future__ import annotations

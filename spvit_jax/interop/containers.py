@@ -1,6 +1,6 @@
-"""What people's files have around the weights: dictionaries, prefixes of names, counters.
+"""Weights inside of training checkpoints: nested dictionaries, prefixes of names, counters.
 
-Each table here is one kind of thing; a new one that somebody brings is one more row.
+A new format of checkpoints is one more entry in these tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from spvit_jax.errors import InputError, shown
 
-# The keys under which training saves weights, and whether these are a moving average of them.
+# The keys under which training scripts save weights, and whether these are a moving average.
 CONTAINERS = {
     "state_dict": False,
     "model_state_dict": False,
@@ -26,23 +26,23 @@ CONTAINERS = {
     "ema": True,
     "teacher": True,  # of self-distillation, where it is the student's average
 }
-# What wrappers put before the names: data-parallel training, torch.compile, a larger module.
-# torch.compile of a part of a model does so in the middle of them.
+# Prefixes of names from data-parallel training, torch.compile, or a larger module.
+# torch.compile of a submodule puts its own in the middle of the names.
 _PREFIXES = ("module", "_orig_mod", "model", "net", "backbone")
 _WRAPPER = re.compile(rf"^(?:(?:{'|'.join(_PREFIXES)})\.)+|(?<=\.)_orig_mod\.")
-# `torch.optim.swa_utils.AveragedModel` counts what it has averaged beside the average.
+# `torch.optim.swa_utils.AveragedModel` saves the number of updates beside the average.
 _COUNTER = "n_averaged"
-_DEEPEST = 4  # containers in each other; a pickle may contain itself
+_MAX_DEPTH = 4  # of nested containers; a pickle may contain itself
 
 
 class Unwrapped(NamedTuple):
-    """One set of weights out of what training saved.
+    """One set of weights taken out of a training checkpoint.
 
     Attributes:
-      tensors: of PyTorch or arrays, under names without prefixes.
-      is_average: whether they are a moving average.
-      has_average: whether there is one, taken or not.
-      changes: what was done, for the log.
+      tensors: PyTorch tensors or arrays, under names without prefixes.
+      is_average: whether these weights are a moving average.
+      has_average: whether the checkpoint holds a moving average, taken or not.
+      changes: descriptions of what was taken or removed, for the log.
     """
 
     tensors: dict[str, Any]
@@ -51,27 +51,27 @@ class Unwrapped(NamedTuple):
     changes: list[str]
 
 
-class _Set(NamedTuple):
-    keys: tuple[str, ...]  # of the containers around it
+class _WeightSet(NamedTuple):
+    keys: tuple[str, ...]  # of the nested containers around the tensors
     is_average: bool
     tensors: dict[str, Any]
 
 
 def unwrap(content: Mapping[Any, Any], where: object, *, weights: str = "auto") -> Unwrapped:
-    """Finds the weights in what training saved.
+    """Returns the weights that a training checkpoint holds.
 
     Args:
-      content: a state dict, or dictionaries around one or several.
-      where: what to call it in an error.
+      content: a state dict, or nested dictionaries around one or several.
+      where: name of the checkpoint in error messages.
       weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
         the average where there is one.
 
     Raises:
-      InputError: there are none, or several that could be meant, or not those asked for.
+      InputError: the checkpoint has no weights, several sets of them, or not those asked for.
     """
-    found = list(_sets(content))
-    averages = [one for one in found if one.is_average]
-    plain = [one for one in found if not one.is_average]
+    found = list(_weight_sets(content))
+    averages = [candidate for candidate in found if candidate.is_average]
+    plain = [candidate for candidate in found if not candidate.is_average]
     known = ", ".join(shown(key) for key in list(content)[:6]) or "nothing"
     if not found:
         raise InputError(
@@ -84,7 +84,7 @@ def unwrap(content: Mapping[Any, Any], where: object, *, weights: str = "auto") 
         raise InputError(f"{where} has nothing but a moving average; leave out --weights=model")
     candidates = plain if weights == "model" or not averages else averages
     if len(candidates) > 1:
-        several = ", ".join(".".join(one.keys) for one in candidates)
+        several = ", ".join(".".join(candidate.keys) for candidate in candidates)
         raise InputError(f"{where} holds several sets of weights: {several}; keep one of them")
     chosen = candidates[0]
     changes = [f"took {'.'.join(chosen.keys)}"] if chosen.keys else []
@@ -93,31 +93,31 @@ def unwrap(content: Mapping[Any, Any], where: object, *, weights: str = "auto") 
 
 
 def is_tensor(value: object) -> bool:
-    """Returns whether something is a tensor of PyTorch or an array."""
+    """Returns whether a value is a PyTorch tensor or an array."""
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
-def _sets(
+def _weight_sets(
     content: Mapping[Any, Any], keys: tuple[str, ...] = (), is_average: bool = False
-) -> Iterator[_Set]:
-    """Yields the innermost dictionaries of tensors."""
-    inside = [
-        one
+) -> Iterator[_WeightSet]:
+    """Yields the innermost dictionaries of tensors in nested containers."""
+    nested = [
+        weight_set
         for key, holds_average in CONTAINERS.items()
-        if isinstance(content.get(key), Mapping) and len(keys) < _DEEPEST
-        for one in _sets(content[key], (*keys, key), is_average or holds_average)
+        if isinstance(content.get(key), Mapping) and len(keys) < _MAX_DEPTH
+        for weight_set in _weight_sets(content[key], (*keys, key), is_average or holds_average)
     ]
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and is_tensor(v)}
-    if inside:
-        yield from inside
+    if nested:
+        yield from nested
     elif tensors:
-        yield _Set(keys, is_average or _COUNTER in tensors, tensors)
+        yield _WeightSet(keys, is_average or _COUNTER in tensors, tensors)
 
 
 def _without_prefixes(
     tensors: Mapping[str, Any], where: object
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns tensors without wrappers' prefixes and counters, and what was done."""
+    """Returns tensors without wrappers' prefixes and counters, and what was removed, in words."""
     given = [name for name in tensors if name != _COUNTER]
     bare = {name: _WRAPPER.sub("", name) for name in given}
     if len(set(bare.values())) < len(bare):

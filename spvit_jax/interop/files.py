@@ -1,6 +1,6 @@
-"""Files of weights: `.pth` and `.pth.tar` of PyTorch, `.safetensors`, and folders of them.
+"""Files of weights: PyTorch's `.pth` and `.pth.tar`, `.safetensors`, and folders of them.
 
-What a file is shows in its first bytes, not in its name. Nothing in a file is ever executed.
+A file's format is told by its first bytes, not by its name. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from spvit_jax.interop.tensors import StateDict, as_arrays
 
 log = logging.getLogger("spvit_jax")
 
-_NOTE = "spvit_jax"  # under which a file written here says what model it is of
+_NOTE = "spvit_jax"  # key of the model's description in files written here
 SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
-# What a folder of a hub is read from; the first that is there.
+# Files of weights in a folder of a model hub; the first that exists is read.
 _IN_FOLDER = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"),
@@ -35,13 +35,13 @@ _IN_FOLDER = (
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds.
+    """Contents of a file of weights.
 
     Attributes:
       state_dict: arrays under PyTorch's names, without wrappers' prefixes.
-      note: what `write` was told to note; None in other people's files.
+      note: description of the model, as passed to `write`; None in files of other programs.
       is_average: whether these weights are a moving average.
-      has_average: whether the file holds one, taken or not.
+      has_average: whether the file holds a moving average, taken or not.
     """
 
     state_dict: StateDict
@@ -51,14 +51,14 @@ class Contents(NamedTuple):
 
 
 def is_file_of_weights(path: pathlib.Path) -> bool:
-    """Returns whether a path names what is read here, rather than a checkpoint."""
+    """Returns whether a path is a file or folder of weights that `read` reads, no checkpoint."""
     if path.is_dir():
         return _in_folder(path) is not None
     return path.exists() or path.suffix in SUFFIXES
 
 
 def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
-    """Reads a file of weights without executing anything in it, and logs what was done to it.
+    """Reads a file of weights without executing anything in it, and logs what was left out.
 
     Args:
       path: a file of `torch.save` or safetensors, the index of one that is split into several, or
@@ -67,7 +67,7 @@ def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
         the average where there is one.
 
     Raises:
-      InputError: the file cannot be read, or holds something else than weights.
+      InputError: the file cannot be read, or does not hold weights.
     """
     file = (_in_folder(path) or path) if path.is_dir() else path
     content, note = _content(file)
@@ -86,7 +86,7 @@ def read_array(path: pathlib.Path) -> np.ndarray:
     """Reads a `.pt` file that holds a single tensor.
 
     Raises:
-      InputError: it cannot be read, or holds something else.
+      InputError: the file cannot be read, or does not hold a tensor.
     """
     content = pickles.read(path)
     if not import_torch().is_tensor(content):
@@ -95,12 +95,12 @@ def read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
-    """Writes a state dict; a `.pth` file holds it under `state_dict`.
+    """Writes a state dict to a file; a `.pth` file holds it under `state_dict`.
 
     Args:
-      path: `.safetensors`, `.pth` or `.pth.tar`; must not exist yet.
-      state_dict: the arrays.
-      note: what the file says about its model, as JSON can hold it.
+      path: a new file, `.safetensors`, `.pth` or `.pth.tar`.
+      state_dict: arrays by name.
+      note: description of the model, of values that JSON can hold.
 
     Raises:
       InputError: the file exists, has another suffix, or cannot be written.
@@ -115,13 +115,13 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
             else:
                 tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
                 torch.save({"state_dict": tensors, _NOTE: note}, temporary)
-    # Of a full disk torch and safetensors say so with errors of their own.
+    # On a full disk torch and safetensors raise errors of their own.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def check_name(path: pathlib.Path) -> None:
-    """Raises an `InputError` if no file of weights can be written under this name."""
+    """Raises an `InputError` if a path exists or has no suffix of a file of weights."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot write {path}: expected a name that ends in .safetensors or .pth")
     if path.exists():
@@ -133,7 +133,7 @@ def _in_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[Any, Any], Any]:
-    """Returns what a file holds, as it holds it, and the note in it."""
+    """Returns the unprocessed contents of a file of weights, and the note in it."""
     start = _start_of(path)
     is_torch = start.startswith((b"PK", b"\x80"))  # a zip archive or, formerly, a bare pickle
     if _starts_safetensors(start) or (path.suffix == ".safetensors" and not is_torch):
@@ -147,9 +147,13 @@ def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[
 
 
 def _start_of(path: pathlib.Path) -> bytes:
-    """Returns the first bytes of a file that can be one of weights."""
+    """Returns the first bytes of a file.
+
+    Raises:
+      InputError: the file cannot be read, or is a web page or a pointer of Git LFS.
+    """
     try:
-        # To open a pipe would wait until somebody writes into it.
+        # Opening a pipe would block until somebody writes into it.
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} is a pipe, a device or a folder; expected a file of weights")
         with path.open("rb") as file:
@@ -165,7 +169,7 @@ def _start_of(path: pathlib.Path) -> bytes:
 
 
 def _starts_safetensors(start: bytes) -> bool:
-    """Returns whether a file begins with the length of a JSON object, and with that object."""
+    """Returns whether the first bytes of a file are a safetensors header: its length and JSON."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
@@ -187,7 +191,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, Any]:
 
 
 def _read_shards(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the files that an index names, `model.safetensors.index.json` or of `.bin`."""
+    """Reads the shards that an index lists, such as `model.safetensors.index.json`."""
     try:
         index = json.loads(path.read_bytes())["weight_map"]
         files = {name: set[str]() for name in sorted(set(index.values()))}

@@ -1,6 +1,6 @@
-"""How the arrays of a layer lie in PyTorch and here, as pairs of functions that undo each other.
+"""Layouts of a layer's arrays in PyTorch and here, as pairs of inverse functions.
 
-A row of a table of names (`tables.py`) is one array of ours and what it is made of there.
+A row of a table of names (`tables.py`) is one array of ours and the PyTorch arrays it is made of.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How one array of ours is made of theirs, and theirs of ours.
+    """Conversion between one array of ours and the PyTorch arrays that it is made of.
 
     Attributes:
-      read: from their arrays and our shape to ours.
-      write: from ours to theirs.
+      read: function from PyTorch's arrays and the shape of ours to our array.
+      write: function from our array to PyTorch's.
     """
 
     read: Callable[[tuple[np.ndarray, ...], Shape], np.ndarray]
@@ -26,7 +26,13 @@ class Layout(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One array of ours, the names of theirs that it is made of, and how."""
+    """Names and layout of one array.
+
+    Attributes:
+      ours: name of the array here.
+      theirs: names of the PyTorch arrays that it is made of.
+      layout: conversion between them.
+    """
 
     ours: str
     theirs: tuple[str, ...]
@@ -43,7 +49,7 @@ def _offset_table_to_ours(arrays: tuple[np.ndarray, ...], shape: Shape) -> np.nd
 
 
 SAME = Layout(lambda arrays, shape: arrays[0], lambda array: (array,))
-# A matrix is applied from the right here and from the left there.
+# [in, out] here, [out, in] there.
 MATRIX = Layout(lambda arrays, shape: arrays[0].T, lambda array: (array.T,))
 # [out, in, h, w] there, [h, w, in, out] here; a depthwise kernel likewise.
 KERNEL = Layout(
@@ -71,19 +77,19 @@ OFFSET_TABLE = Layout(_offset_table_to_ours, _offset_table_to_theirs)
 
 
 def linear(ours: str, theirs: str) -> Iterator[Row]:
-    """Yields the rows of a linear layer."""
+    """Yields the rows of a linear layer's kernel and bias."""
     yield Row(f"{ours}/kernel", (f"{theirs}.weight",), MATRIX)
     yield Row(f"{ours}/bias", (f"{theirs}.bias",), SAME)
 
 
 def conv(ours: str, theirs: str) -> Iterator[Row]:
-    """Yields the rows of a convolution."""
+    """Yields the rows of a convolution's kernel and bias."""
     yield Row(f"{ours}/kernel", (f"{theirs}.weight",), KERNEL)
     yield Row(f"{ours}/bias", (f"{theirs}.bias",), SAME)
 
 
 def norm(ours: str, theirs: str) -> Iterator[Row]:
-    """Yields the rows of a LayerNorm or a BatchNorm."""
+    """Yields the rows of a LayerNorm's or BatchNorm's parameters and running statistics."""
     yield Row(f"{ours}/scale", (f"{theirs}.weight",), SAME)
     yield Row(f"{ours}/bias", (f"{theirs}.bias",), SAME)
     yield Row(f"{ours}/mean", (f"{theirs}.running_mean",), SAME)

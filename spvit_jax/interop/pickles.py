@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read without executing anything in them.
+"""Reader of `torch.save` files that executes nothing in them.
 
-They are pickles, which are programs; PyTorch reads those with an allow-list. PyTorch is imported
-only here and where such a file is written, and only then.
+The files are pickles, which are programs; PyTorch reads them with an allow-list of classes. PyTorch
+is imported only when such a file is read or written.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from spvit_jax.errors import InputError, shown
 from spvit_jax.interop.containers import CONTAINERS
 
-# How torch names what it refuses to run.
+# torch's message about a class or function that is not on the allow-list.
 _REFUSED = re.compile(r"unsupported (?:global: )?(?:global|class) ([\w.]+)", re.IGNORECASE)
 
 
 class _Setting:
-    """Stands for an object of a command line: takes what it is made from, and drops it."""
+    """Empty placeholder for an object of a run's settings; ignores its arguments and state."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -30,8 +30,8 @@ class _Setting:
         pass
 
 
-# What the settings of a run that were saved beside its weights are made of: the pickle's name and
-# what stands for it here. None of the classes themselves is imported or called.
+# Classes of the settings that training scripts save beside the weights: the class that is made
+# instead, and the name in the pickle. The named classes are neither imported nor called.
 _SETTINGS: tuple[tuple[type, str], ...] = (
     (_Setting, "argparse.Namespace"),
     (OrderedDict, "yacs.config.CfgNode"),  # in Swin's checkpoints; torch fills no other mapping
@@ -51,16 +51,16 @@ _SETTINGS: tuple[tuple[type, str], ...] = (
 
 
 def read(path: pathlib.Path) -> Any:
-    """Reads what `torch.save` wrote; settings of a run come as empty objects.
+    """Reads a file that `torch.save` wrote; objects of a run's settings come back empty.
 
     Raises:
-      InputError: PyTorch is not installed, or the file is damaged, no such file, or asks for
-        something to be run.
+      InputError: PyTorch is not installed, or the file is missing, damaged, or asks for a class
+        or function that is not on the allow-list.
     """
     torch = import_torch()
     try:
         with (
-            path.open("rb") as file,  # by its name torch would take it for what its suffix says
+            path.open("rb") as file,  # given a path, torch would go by its suffix
             warnings.catch_warnings(),
             torch.serialization.safe_globals(list(_SETTINGS)),
         ):
@@ -91,7 +91,7 @@ def import_torch() -> ModuleType:
 
 
 def _saving(path: pathlib.Path) -> str:
-    """Returns the line of Python that saves the tensors of a file which is refused."""
+    """Returns a line of Python that saves the tensors of a refused file, for an error message."""
     return (
         f"import torch; content = torch.load({str(path)!r}, weights_only=False); "
         f"torch.save({{key: content[key] for key in content if key in {tuple(CONTAINERS)} "

@@ -1,7 +1,7 @@
-"""What other people call the arrays of each family: one table per family, read in both directions.
+"""PyTorch names of the arrays of each family: one table per family, read in both directions.
 
-A table lists every array that a family can have; those that a given model lacks are left out by
-who reads it. Where the authors' code and timm use different names, `dialect` chooses.
+A table lists every array that a family can have; `translate.py` leaves out those that a model does
+not have. Where the authors' code and timm use different names, `dialect` chooses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
 def rows_of(config: ModelConfig, dialect: Dialect) -> Iterator[Row]:
-    """Yields the rows of the table of a model's family."""
+    """Yields the rows of the table of names of a model's family."""
     match config:
         case ViTConfig():
             return _vit(config, dialect)
@@ -40,7 +40,7 @@ def rows_of(config: ModelConfig, dialect: Dialect) -> Iterator[Row]:
 
 
 def _vit(config: ViTConfig, dialect: Dialect) -> Iterator[Row]:
-    """DeiT's names, also MaiT's; LV-ViT's and SP-ViT's from their authors' code."""
+    """Yields the names of a ViT: DeiT's, also for MaiT; LV-ViT's and SP-ViT's as in their code."""
     scale = "ls{}.gamma" if dialect == "timm" else "gamma_{}"
     for name in ("cls_token", "dist_token", "pos_embed"):
         yield Row(name, (name,), SAME)
@@ -77,7 +77,7 @@ def _spatial_attention(ours: str, theirs: str) -> Iterator[Row]:
 
 
 def _cait(config: CaiTConfig) -> Iterator[Row]:
-    """The authors' names, which are timm's too."""
+    """Yields the names of a CaiT; the authors' are also timm's."""
     for name in ("cls_token", "pos_embed"):
         yield Row(name, (name,), SAME)
     yield from conv("patch_embed/proj", "patch_embed.proj")
@@ -102,7 +102,10 @@ def _cait(config: CaiTConfig) -> Iterator[Row]:
 
 
 def _swin(config: SwinConfig, dialect: Dialect) -> Iterator[Row]:
-    """The authors' names, or timm's: patch merging opens a stage there and ends one here."""
+    """Yields the names of a Swin, the authors' or timm's.
+
+    Patch merging begins a stage in timm, and ends the one before in the authors' code.
+    """
     is_timm = dialect == "timm"
     yield from conv("patch_embed/proj", "patch_embed.proj")
     yield from norm("patch_norm", "patch_embed.norm")

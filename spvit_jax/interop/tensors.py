@@ -1,4 +1,4 @@
-"""Tensors of PyTorch as arrays of NumPy, and which of them are refused."""
+"""Conversion of PyTorch tensors to NumPy arrays, and which tensors are refused."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ _DTYPES = (
 
 
 def as_arrays(tensors: Mapping[str, Any], where: object = "the state dict") -> StateDict:
-    """Returns tensors of PyTorch, or arrays, as arrays of NumPy; half precision becomes single.
+    """Returns PyTorch tensors, or arrays, as NumPy arrays; half precision becomes float32.
+
+    Args:
+      tensors: tensors by name.
+      where: name of their file in error messages.
 
     Raises:
-      InputError: there are quantized, sparse or complex ones, or such without their values; names
-        them all, before anything is allocated.
+      InputError: some tensors are quantized, sparse, complex or without values; raised before
+        anything is allocated.
     """
-    problems = [f"{shown(name)} {problem}" for name, v in tensors.items() if (problem := _why(v))]
+    problems = [
+        f"{shown(name)} {problem}" for name, v in tensors.items() if (problem := _unsupported(v))
+    ]
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
@@ -35,8 +41,8 @@ def as_arrays(tensors: Mapping[str, Any], where: object = "the state dict") -> S
     return {name: _as_array(value) for name, value in tensors.items()}
 
 
-def _why(value: Any) -> str | None:
-    """Returns why a tensor is refused, or None."""
+def _unsupported(value: Any) -> str | None:
+    """Returns why a tensor cannot be converted, or None if it can."""
     dtype = str(value.dtype).removeprefix("torch.")
     if hasattr(value, "untyped_storage"):
         if value.is_meta:
@@ -45,7 +51,7 @@ def _why(value: Any) -> str | None:
             return f"quantized ({dtype})"
         if value.is_nested or str(value.layout) != "torch.strided":
             return str(value.layout).removeprefix("torch.")
-        # A view can repeat what is stored, and a few bytes then ask for terabytes.
+        # A view can repeat its storage, so that a few bytes would become terabytes.
         stored = value.untyped_storage().nbytes() // value.itemsize
         if stored < value.numel():
             return f"{'×'.join(map(str, value.shape))}, of which {stored} numbers are stored"

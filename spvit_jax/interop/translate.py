@@ -1,4 +1,4 @@
-"""From a PyTorch state dict to the arrays of a model here and back, by the tables of names.
+"""Conversion of PyTorch state dicts to the arrays of a model here and back, by tables of names.
 
 Both sides are dictionaries of NumPy arrays; files are read and written in `files.py`.
 """
@@ -19,7 +19,7 @@ from spvit_jax.models import ModelConfig, SwinConfig, ViTConfig
 from spvit_jax.models.naming import shapes_of
 from spvit_jax.models.resize import HEADS
 
-# Buffers that follow from the model or are not used by it.
+# Buffers that follow from the configuration or are not used here.
 _BUFFERS = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
 _BATCH_NORM = re.compile(r"(.*)\.running_mean$")
 
@@ -31,28 +31,29 @@ def to_ours(
     *,
     may_lack_heads: bool = False,
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Reads a state dict of PyTorch.
+    """Converts a PyTorch state dict to a model's configuration and arrays.
 
     Args:
       state_dict: arrays under the authors' or timm's names.
-      like: the model that it is expected to be of. Its number of classes, resolution and kinds
-        of layers are taken from the state dict instead.
-      where: what to call the state dict in an error.
+      like: configuration of the expected model. Its number of classes, resolution and kinds of
+        layers are taken from the state dict instead.
+      where: name of the state dict in error messages.
       may_lack_heads: whether heads may be missing, as in a backbone.
 
     Returns:
-      The model that the state dict is of, and its arrays as in `models.naming.arrays_of`.
+      The configuration of the state dict's model, and its arrays by name, as in
+      `models.naming.arrays_of`.
 
     Raises:
-      InputError: it is of another model, of which all names in which it differs are shown
-        together, or has values that are no finite floating-point numbers.
+      InputError: the state dict is of another model (all names that differ are shown together),
+        or has values that are no finite floating-point numbers.
     """
     given = {name: array for name, array in state_dict.items() if not _BUFFERS.search(name)}
     config = _recognise({name: array.shape for name, array in given.items()}, like)
     rows = _rows_nearest(config, given)
     if may_lack_heads:
-        absent = _absent_heads(rows, given)
-        rows = [row for row in rows if _part(row) not in absent]
+        missing = _missing_heads(rows, given)
+        rows = [row for row in rows if _module_of(row) not in missing]
     _check(_their_shapes(config, rows), _shapes(given), config, where)
     _check_values(given, where)
     shapes = shapes_of(config)
@@ -66,9 +67,9 @@ def to_ours(
 def to_theirs(
     arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: Dialect = "authors"
 ) -> dict[str, np.ndarray]:
-    """Returns a model's arrays as a state dict of PyTorch, the inverse of `to_ours`.
+    """Returns a model's arrays as a PyTorch state dict, the inverse of `to_ours`.
 
-    BatchNorm's counters `num_batches_tracked`, which nothing here counts, are 0.
+    BatchNorm's counters `num_batches_tracked`, which do not exist here, are 0.
     """
     state_dict = {}
     for row in _rows(config, dialect):
@@ -81,10 +82,10 @@ def to_theirs(
 
 
 def _rows(config: ModelConfig, dialect: Dialect) -> list[Row]:
-    """Returns the rows of the arrays that a model has.
+    """Returns the rows of the table of names for the arrays that a model has.
 
     Raises:
-      ValueError: the table lacks one of them.
+      ValueError: the table lacks one of the arrays.
     """
     shapes = shapes_of(config)
     rows = [row for row in rows_of(config, dialect) if row.ours in shapes]
@@ -95,7 +96,7 @@ def _rows(config: ModelConfig, dialect: Dialect) -> list[Row]:
 
 
 def _rows_nearest(config: ModelConfig, given: Mapping[str, np.ndarray]) -> list[Row]:
-    """Returns the rows of the dialect whose names are nearest to the given ones."""
+    """Returns a model's rows in the dialect with the fewest names that differ from given ones."""
 
     def distance(rows: list[Row]) -> int:
         return len(given.keys() ^ {name for row in rows for name in row.theirs})
@@ -103,13 +104,14 @@ def _rows_nearest(config: ModelConfig, given: Mapping[str, np.ndarray]) -> list[
     return min((_rows(config, dialect) for dialect in DIALECTS), key=distance)
 
 
-def _absent_heads(rows: list[Row], given: Mapping[str, np.ndarray]) -> set[str]:
-    """Returns the heads of which nothing is given."""
-    present = {_part(row) for row in rows if not given.keys().isdisjoint(row.theirs)}
-    return set(HEADS) - present
+def _missing_heads(rows: list[Row], given: Mapping[str, np.ndarray]) -> set[str]:
+    """Returns the names of the heads that have no array in a state dict."""
+    modules = {_module_of(row) for row in rows if not given.keys().isdisjoint(row.theirs)}
+    return set(HEADS) - modules
 
 
-def _part(row: Row) -> str:
+def _module_of(row: Row) -> str:
+    """Returns the name of the top-level module that an array belongs to."""
     return row.ours.partition("/")[0]
 
 
@@ -118,7 +120,7 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, Shape]:
 
 
 def _their_shapes(config: ModelConfig, rows: list[Row]) -> dict[str, Shape]:
-    """Returns the shapes that a state dict of the model has, computed on arrays without memory."""
+    """Returns the shapes of a model's state dict, computed without allocating the arrays."""
     shapes = shapes_of(config)
     expected: dict[str, Shape] = {}
     for row in rows:
@@ -131,7 +133,7 @@ def _their_shapes(config: ModelConfig, rows: list[Row]) -> dict[str, Shape]:
 def _check(
     expected: Mapping[str, Shape], given: Mapping[str, Shape], config: ModelConfig, where: object
 ) -> None:
-    """Raises an `InputError` unless the names and shapes are those expected."""
+    """Raises an `InputError` unless a state dict's names and shapes are those expected."""
     names, rows = expected.keys() | given.keys(), _size(given, "pos_embed", axis=1)
     if rows and {name for name in names if expected.get(name) != given.get(name)} == {"pos_embed"}:
         raise InputError(
@@ -142,13 +144,13 @@ def _check(
 
 
 def _check_values(arrays: Mapping[str, np.ndarray], where: object) -> None:
-    """Raises an `InputError` unless all values are finite floating-point numbers."""
+    """Raises an `InputError` unless all values of arrays are finite floating-point numbers."""
     others = [f"{name} {array.dtype}" for name, array in arrays.items() if array.dtype.kind != "f"]
     if others:
         raise InputError(
             f"{where} has weights of another kind than floating-point numbers: {some(others)}"
         )
-    # What float64 holds may be too large for the model's float32.
+    # A float64 value may overflow the model's float32.
     with np.errstate(over="ignore"):
         counts = {
             name: array.size - np.count_nonzero(np.isfinite(array.astype(np.float32, copy=False)))
@@ -163,7 +165,7 @@ def _check_values(arrays: Mapping[str, np.ndarray], where: object) -> None:
 
 
 def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
-    """Returns the model with the classes, resolution and kinds of layers of a state dict."""
+    """Returns a configuration with the classes, resolution and layers of a state dict."""
     for name in ("head.weight", "head.fc.weight"):
         if classes := _size(shapes, name, axis=0):
             like = dataclasses.replace(like, num_classes=classes)
@@ -177,27 +179,27 @@ def _recognise(shapes: Mapping[str, Shape], like: ModelConfig) -> ModelConfig:
 
 
 def _with_spatial_layers(shapes: Mapping[str, Shape], rows: int, like: ViTConfig) -> ViTConfig:
-    """Takes the number of SP-SA layers, and with it where the class token enters, from the names.
+    """Returns a configuration with the number of SP-SA layers of a state dict's names.
 
-    The authors' L model leaves SP-SA out and yet adds the class token late, so that only the rows
-    of the position embedding tell it from a model whose class token is there from the start. The
-    grid of the model decides if either fits it; otherwise the grid is a square, and of two
-    successive numbers only one can be that.
+    The authors' L model has no SP-SA and yet inserts the class token after its first blocks, so
+    that only the rows of the position embedding tell it from a model that inserts it before them.
+    The grid of the configuration decides if either fits it; otherwise the grid is a square, and of
+    two successive numbers only one can be that.
     """
     spatial = sum(f"blocks.{layer}.attn.qk.weight" in shapes for layer in range(like.depth))
     if spatial == like.spatial_layers or spatial >= like.depth:
         return like
-    patches, late = math.prod(like.grid), None
+    patches, class_token_layer = math.prod(like.grid), None
     fits = rows in (patches, patches + like.num_prefix)
     if spatial == 0 and (rows == patches if fits else _is_square(rows)):
-        late = like.class_token_block
-    return dataclasses.replace(like, spatial_layers=spatial, class_token_layer=late)
+        class_token_layer = like.class_token_block
+    return dataclasses.replace(like, spatial_layers=spatial, class_token_layer=class_token_layer)
 
 
 def _with_grid(rows: int, like: ModelConfig) -> ModelConfig:
-    """Takes the resolution from the number of patches that have a position.
+    """Returns a configuration with the image size of a position embedding of `rows` patches.
 
-    A grid of the model that has as many is kept; otherwise the number must be a square.
+    The grid of the configuration is kept if it has as many; otherwise the number must be a square.
     """
     if rows == math.prod(like.grid) or not _is_square(rows):
         return like
@@ -205,7 +207,7 @@ def _with_grid(rows: int, like: ModelConfig) -> ModelConfig:
 
 
 def _with_window(shapes: Mapping[str, Shape], like: SwinConfig) -> SwinConfig:
-    """Takes the window from the first layer's table of biases, and the resolution from it."""
+    """Returns a configuration with the window of the first layer's bias table, and image size."""
     rows = _size(shapes, "layers.0.blocks.0.attn.relative_position_bias_table", axis=0)
     table = shapes_of(like)["blocks/0/attn/position/table"].shape
     if rows == table[1] * table[2] or not _is_square(rows) or rows % 2 == 0:
@@ -215,7 +217,7 @@ def _with_window(shapes: Mapping[str, Shape], like: SwinConfig) -> SwinConfig:
 
 
 def _size(shapes: Mapping[str, Shape], name: str, axis: int) -> int:
-    """Returns one dimension of an array, or 0 if there is none."""
+    """Returns one dimension of a named array, or 0 if there is no such array or dimension."""
     shape = shapes.get(name, ())
     return shape[axis] if axis < len(shape) else 0
 

@@ -1,4 +1,4 @@
-"""The commands that pack, make and show token labels; see the package.
+"""Commands that pack, make and show token labels; see the package.
 
 python -m spvit_jax.data.token_labels pack --dataset=imagenet2012 --labels=DIR --output=FILE.npy
 python -m spvit_jax.data.token_labels make --config=CONFIG --checkpoint=PATH --output=FILE.npy
@@ -30,15 +30,19 @@ from spvit_jax.errors import InputError, nearest
 from spvit_jax.interop import files
 from spvit_jax.training import sharding
 
-_KEPT = 5  # logits of each token
+_TOP_K = 5  # logits of each token
 _COMMANDS = ("pack", "make", "show")
 
 
 def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | None]:
-    """Yields the label map of each image from the `.pt` file of its name, or None without one.
+    """Yields the published label map of each image from the `.pt` file of its name, or None.
+
+    Args:
+      folder: folder of the `.pt` files, nested or not.
+      names: names of the image files.
 
     Raises:
-      InputError: a file is not a label map.
+      InputError: a `.pt` file is not a label map.
     """
     paths = {path.stem: path for path in folder.rglob("*.pt")}
     for name in names:
@@ -60,9 +64,16 @@ def predicted(
     which: str = "best",
     weights: str = "auto",
 ) -> Iterator[np.ndarray | None]:
-    """Yields the label map of each image that a model with a dense head makes of the whole image.
+    """Yields the label map of each image as predicted by a model with a dense head.
 
-    An image that cannot be read has none. `which` and `weights` are those of `weights.find`.
+    An image that cannot be read has None.
+
+    Args:
+      config: configuration of the model.
+      path: checkpoint or file of weights of the model.
+      source: the images.
+      which: as in `weights.find`.
+      weights: as in `weights.find`.
 
     Raises:
       InputError: the model has no dense head, or its weights cannot be used.
@@ -74,10 +85,10 @@ def predicted(
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
     variables = found.load(model, sharding.make_mesh(1, 1, jax.devices()[:1]))
     mean, std = config.data.mean, config.data.std
-    kept = min(_KEPT, source.num_classes)
+    kept = min(_TOP_K, source.num_classes)
 
     @jax.jit
-    def best(images: jax.Array) -> jax.Array:
+    def label_maps_of(images: jax.Array) -> jax.Array:
         dense = variables.model().outputs(mix.normalize(images, mean, std)).dense
         assert dense is not None  # the model has a dense head
         values, classes = jax.lax.top_k(dense, kept)
@@ -92,14 +103,16 @@ def predicted(
         max_unreadable=config.data.max_unreadable,
     ) as batches:
         for batch in batches:
-            made = np.asarray(best(jnp.asarray(batch["image"])))[:missing]
+            made = np.asarray(label_maps_of(jnp.asarray(batch["image"])))[:missing]
             missing -= len(made)
             readable = batch["mask"][: len(made)] > 0
-            yield from (one if ok else None for one, ok in zip(made, readable, strict=True))
+            yield from (
+                label_map if ok else None for label_map, ok in zip(made, readable, strict=True)
+            )
 
 
 def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
-    """Draws an image and, over it, the best class of each cell of its label map, as a PNG file."""
+    """Writes a PNG of an image and, over it, the best class of each cell of its label map."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -126,7 +139,7 @@ def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Takes the command off the arguments, defines its flags and runs it."""
+    """Runs the command `pack`, `make` or `show` of the command line."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in _COMMANDS:
         cli.fail(f"expected one of {', '.join(_COMMANDS)}{nearest(name, _COMMANDS)}")
@@ -138,7 +151,9 @@ def _pack() -> None:
     source = _source_flags()
     folder = flags.DEFINE_string("labels", None, "Folder of .pt files.", required=True)
     output = _output_flag("The .npy file to write.")
-    classes = flags.DEFINE_integer("num_classes", None, "Default: the data set's.")
+    classes = flags.DEFINE_integer(
+        "num_classes", None, "Number of classes; the data set's by default."
+    )
 
     def run() -> None:
         images = source()
@@ -168,7 +183,7 @@ def _make() -> None:
 def _show() -> None:
     source = _source_flags()
     path = flags.DEFINE_string("labels", None, "The .npy file of label maps.", required=True)
-    index = flags.DEFINE_integer("index", 0, "Which image of the split.")
+    index = flags.DEFINE_integer("index", 0, "Index of the image in the split.")
     output = _output_flag("The .png file to write.")
 
     def run() -> None:
@@ -186,9 +201,11 @@ def _show() -> None:
 
 
 def _source_flags() -> cli.Getter[Source]:
-    name = flags.DEFINE_string("dataset", "imagenet2012", "As data.dataset of a configuration.")
-    split = flags.DEFINE_string("split", "train", "Of the data set.")
-    data_dir = flags.DEFINE_string("data_dir", "data", "Where TFDS data sets are kept.")
+    name = flags.DEFINE_string(
+        "dataset", "imagenet2012", "Data set, as data.dataset of a configuration."
+    )
+    split = flags.DEFINE_string("split", "train", "Split of the data set.")
+    data_dir = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
     return lambda: datasets.load(name.value, split.value, data_dir.value)
 
 
@@ -206,19 +223,19 @@ def _write(
 ) -> None:
     if path.suffix != ".npy" or path.exists():
         raise InputError(f"--output is {path}; expected the name of a new file, ending in .npy")
-    shown = tqdm(maps, total=len(images), unit="image", disable=not sys.stderr.isatty())
-    facts = write(
+    progress = tqdm(maps, total=len(images), unit="image", disable=not sys.stderr.isatty())
+    metadata = write(
         path,
-        shown,
+        progress,
         count=len(images),
         num_classes=num_classes or images.num_classes,
         source=str(made_of),
         class_names=images.class_names if num_classes in (None, images.num_classes) else None,
     )
     print(
-        f"wrote {path}: {facts['images'] - facts['missing']} label maps of the shape "
-        f"{'×'.join(map(str, facts['shape']))}; {facts['missing']} images have none, and their "
-        "label everywhere"
+        f"wrote {path}: {metadata['images'] - metadata['missing']} label maps of the shape "
+        f"{'×'.join(map(str, metadata['shape']))}; {metadata['missing']} images have none, and "
+        "their label everywhere"
     )
 
 

@@ -1,4 +1,4 @@
-"""Label maps on disk: one array file for a split, read at random as training asks for them."""
+"""Label maps on disk: one array file per split, with random access."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ from spvit_jax.classes import ClassNames, check_same
 from spvit_jax.data.sources import Source
 from spvit_jax.errors import InputError
 
-_MOST_CLASSES = 2048  # that half precision counts exactly
-_CERTAIN = 20.0  # logit of the image's label where there is no map
+_MAX_CLASSES = 2048  # float16 holds integers up to this exactly
+_LABEL_LOGIT = 20.0  # logit of the image's label where there is no map
 
 
 class LabelMaps:
-    """The label maps of a split, in the order of its examples.
+    """Label maps of a split, in the order of its examples.
 
     Attributes:
-      shape: (K, h, w) of each: the number of logits, and the grid.
-      num_classes: C.
-      class_names: of the classes by number; None if the file does not say.
-      missing: how many images have none.
+      shape: (K, h, w) of each label map: the number of logits, and the grid.
+      num_classes: number of classes, C.
+      class_names: names of the classes by number; None if the file does not have them.
+      missing: number of images without a label map.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Opens a file that `write` has written.
+        """Opens a file of label maps that `write` has written.
 
         Raises:
-          InputError: it is not there or not whole.
+          InputError: the file is missing or incomplete.
         """
         try:
             self._maps = np.load(path, mmap_mode="r")
-            facts = json.loads(_facts_of(path).read_text())
+            metadata = json.loads(_metadata_path(path).read_text())
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path} is not a file of token labels: {error}; make one with "
                 "python -m spvit_jax.data.token_labels"
             ) from error
         self.shape = self._maps.shape[2:]
-        self.num_classes, self.missing = facts["num_classes"], facts["missing"]
-        names = facts.get("class_names")
+        self.num_classes, self.missing = metadata["num_classes"], metadata["missing"]
+        names = metadata.get("class_names")
         self.class_names: ClassNames | None = None if names is None else tuple(names)
 
     def __len__(self) -> int:
         return len(self._maps)
 
     def fetch(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Returns the maps [n, 2, K, h, w] float16 of examples; thread safe.
+        """Returns the label maps [n, 2, K, h, w] float16 of examples; thread safe.
 
-        An image without one has its label everywhere.
+        An image without a label map gets one with its label in every cell.
 
         Args:
-          indices: [n], of the split.
-          labels: [n], the images' labels.
+          indices: indices [n] of the examples in the split.
+          labels: labels [n] of the examples.
         """
         maps = np.array(self._maps[indices])
         missing = maps[:, 1, 0, 0, 0] < 0
         maps[missing] = 0
         maps[missing, 1] = np.arange(self.shape[0])[:, None, None]
-        # Five different classes, the first of them the label and the only one with a logit.
+        # K different classes, the first of them the label and the only one with a logit.
         maps[missing, 1] += labels[missing, None, None, None]
         maps[missing, 1] %= self.num_classes
-        maps[missing, 0, 0] = _CERTAIN
+        maps[missing, 0, 0] = _LABEL_LOGIT
         return maps
 
     def check(self, num_examples: int, class_names: ClassNames) -> None:
-        """Raises an `InputError` unless the maps are those of a split of this size and classes."""
+        """Raises an `InputError` unless the label maps are of a split of this size and classes."""
         if (len(self), self.num_classes) != (num_examples, len(class_names)):
             raise InputError(
                 f"the token labels are of {len(self)} images of {self.num_classes} classes, the "
@@ -83,15 +83,15 @@ class LabelMaps:
 
 
 def open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
-    """Opens the label maps that a configuration names, if it does.
+    """Opens the label maps that a configuration names; None if it names none.
 
     Args:
-      config: as `spvit_jax.config.base`.
+      config: a configuration with the fields of `spvit_jax.config.base`.
       source: the whole training split.
 
     Raises:
-      InputError: they cannot be read, are of another split, or are mixed in a way that they
-        cannot follow.
+      InputError: the label maps cannot be read or are of another split, or MixUp or CutMix is on,
+        which label maps cannot follow.
     """
     if not config.token_labels.path:
         return None
@@ -117,26 +117,26 @@ def write(
     """Writes label maps, whole or not at all.
 
     Args:
-      path: the file, `*.npy`; facts go to a `.json` file beside it.
-      maps: for each example in order, [2, K, h, w], or None where there is none.
+      path: path of the file, `*.npy`; metadata go to a `.json` file beside it.
+      maps: for each example in order, its label map [2, K, h, w], or None if it has none.
       count: number of examples.
-      num_classes: C.
-      source: what they were made of, in words.
-      class_names: of the classes by number; None if not known.
+      num_classes: number of classes, C.
+      source: origin of the label maps in words.
+      class_names: names of the classes by number; None if not known.
 
     Returns:
-      The facts: `images`, `missing`, `num_classes`, `class_names`, `shape`, `source`.
+      The metadata: `images`, `missing`, `num_classes`, `class_names`, `shape`, `source`.
 
     Raises:
       InputError: there are too many classes, no map at all, or maps of different shapes.
     """
-    if num_classes > _MOST_CLASSES:
-        raise InputError(f"token labels of {num_classes} classes; at most {_MOST_CLASSES} fit")
+    if num_classes > _MAX_CLASSES:
+        raise InputError(f"token labels of {num_classes} classes; at most {_MAX_CLASSES} fit")
     try:
-        with atomic.replacing(path) as array, atomic.replacing(_facts_of(path)) as text:
+        with atomic.replacing(path) as array, atomic.replacing(_metadata_path(path)) as text:
             with array.open("wb") as file:
                 shape, missing = _write_array(file, maps, count)
-            facts = {
+            metadata = {
                 "images": count,
                 "missing": missing,
                 "num_classes": num_classes,
@@ -144,41 +144,41 @@ def write(
                 "shape": shape,
                 "source": source,
             }
-            text.write_text(json.dumps(facts, indent=2) + "\n")
+            text.write_text(json.dumps(metadata, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
-    return facts
+    return metadata
 
 
 def _write_array(
     file: BinaryIO, maps: Iterable[np.ndarray | None], count: int
 ) -> tuple[tuple[int, ...], int]:
-    """Writes maps one after the other as an array file; -1 everywhere where there is none.
+    """Writes label maps one by one to an array file; a missing one is -1 everywhere.
 
-    Not through a memory map: with one a full disk ends the process without a word.
+    Not through a memory map, with which a full disk kills the process without an error.
 
     Returns:
-      The shape of each, and how many there are not.
+      The shape of a label map, and the number of missing ones.
     """
-    none: np.ndarray | None = None
+    no_map: np.ndarray | None = None
     missing = 0
-    for index, one in enumerate(maps):
-        if one is None:
+    for index, label_map in enumerate(maps):
+        if label_map is None:
             missing += 1
-        elif none is None:
-            none = np.full(one.shape, -1, "<f2")
-            header = {"descr": "<f2", "fortran_order": False, "shape": (count, *one.shape)}
+        elif no_map is None:
+            no_map = np.full(label_map.shape, -1, "<f2")
+            header = {"descr": "<f2", "fortran_order": False, "shape": (count, *label_map.shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for _ in range(index):
-                file.write(none.tobytes())
-        elif one.shape != none.shape:
-            raise InputError(f"label map {index} is {one.shape}; expected {none.shape}")
-        if none is not None:
-            file.write((none if one is None else one.astype("<f2")).tobytes())
-    if none is None:
+                file.write(no_map.tobytes())
+        elif label_map.shape != no_map.shape:
+            raise InputError(f"label map {index} is {label_map.shape}; expected {no_map.shape}")
+        if no_map is not None:
+            file.write((no_map if label_map is None else label_map.astype("<f2")).tobytes())
+    if no_map is None:
         raise InputError("there is no label map for any of the images")
-    return none.shape, missing
+    return no_map.shape, missing
 
 
-def _facts_of(path: pathlib.Path) -> pathlib.Path:
+def _metadata_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_suffix(".json")
