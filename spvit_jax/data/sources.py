@@ -213,6 +213,11 @@ def label_feature(name: str, builder: tfds.core.DatasetBuilder) -> str:
             f"data set {name!r} has the features {', '.join(sorted(features)) or found}; "
             "expected 'image' and 'label' among them"
         )
+    kind = features[label].feature if label == "real_label" else features[label]
+    if not isinstance(kind, tfds.features.ClassLabel):
+        raise InputError(
+            f"data set {name!r} has labels that are {kind}; expected classes (ClassLabel)"
+        )
     return label
 
 

@@ -2,14 +2,16 @@
 
 import collections
 import shutil
+import types
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from spvit_jax import config as config_lib
-from spvit_jax.data import datasets
+from spvit_jax.data import datasets, sources
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -169,3 +171,13 @@ def test_labels_are_written_beside_the_records_once(data_dir, tmp_path):
     np.testing.assert_array_equal(source.labels(), expected)
     (path,) = copy.rglob("labels-train.npy")
     np.testing.assert_array_equal(np.load(path), expected)
+
+
+def test_labels_that_are_no_classes():
+    """As those of a data set of ages or of captions."""
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.float32)}
+    )
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+    with pytest.raises(InputError, match=r"'ages' has labels that are Scalar.*expected classes"):
+        sources.label_feature("ages", builder)

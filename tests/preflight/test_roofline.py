@@ -132,14 +132,15 @@ def test_on_a_mesh_of_two_axes_each_has_its_own(steps):
 def test_between_slices_go_the_gradients_and_little_else():
     run = planned("v5e:2x2", WIDE | {"mesh.fsdp": 2}, num_slices=2)
     assert run.mesh.shape == {"data": 4, "fsdp": 2}
-    assert get_topology("v5e:2x2", num_slices=2).hosts == 2
+    topology = get_topology("v5e:2x2", num_slices=2)
+    assert topology.hosts == 2
     step = compile_train_step(run)
     nbytes = 4 * count_parameters(run.model)
     # Each of the four chips of a slice has a quarter of the sum, and exchanges it for the others'.
     assert step.sent_to_slices == pytest.approx(nbytes / 4, rel=0.02)
     assert by_axis(step)["all-reduce", "slices"] == step.sent_to_slices
     assert step.sent > 2 * step.sent_to_slices
-    chip = run.topology.chip
+    chip = topology.chip
     assert roofline(step, chip).network == step.sent_to_slices / chip.dcn_bandwidth > 0
 
 
