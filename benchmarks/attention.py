@@ -1,9 +1,9 @@
-"""Times the attention of one SP-SA layer, forward and backward, against what it could be.
+"""Times the attention of one SP-SA layer, forward and backward, against two alternatives.
 
     python -m benchmarks.attention
 
 Three variants of the same layer (SP-ViT-S's width, in one process, alternating): plain attention
-without a gain; SP-SA with the gain evaluated once per distinct offset and laid out; and SP-SA
+without a gain; SP-SA with the gain evaluated once per distinct offset and expanded; and SP-SA
 with the gain evaluated for every pair of patches, as its definition reads. Prints the median
 times and their ratios.
 """
@@ -39,7 +39,7 @@ def pairwise_gain(prior: SpatialPrior | None, grid: Grid) -> jax.Array:
 
 
 def variants(grid: Grid, batch: int) -> dict[str, Callable[[], object]]:
-    """Returns the three computations, compiled, each a call without arguments."""
+    """Returns the three variants of the layer, compiled, as functions without arguments."""
     layer = Attention(_DIM, _HEADS, qkv_bias=False, spatial_prior=True, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(layer)
     x = jax.random.normal(jax.random.key(1), (batch, grid[0] * grid[1], _DIM))
@@ -64,7 +64,7 @@ def variants(grid: Grid, batch: int) -> dict[str, Callable[[], object]]:
 
 
 def measure(grid: Grid, batch: int, rounds: int) -> dict[str, float]:
-    """Returns the median seconds of each variant, measured in turns."""
+    """Returns the median seconds of each variant; the variants alternate."""
     calls = variants(grid, batch)
     times: dict[str, list[float]] = {kind: [] for kind in calls}
     for call in calls.values():
@@ -78,7 +78,7 @@ def measure(grid: Grid, batch: int, rounds: int) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Measures both grids and prints a row for each."""
+    """Runs `python -m benchmarks.attention`: prints a row for each of two grids."""
     del argv
     logging.set_verbosity(logging.ERROR)  # or JAX says which accelerators it did not find
     print(f"forward and backward, {_HEADS} heads of {_DIM // _HEADS} channels, float32, ", end="")

@@ -1,12 +1,12 @@
-"""Measures what the input costs a host, beside timm's own pipeline on the same files.
+"""Measures the input pipeline's images per second on the host, beside timm's on the same files.
 
     python -m benchmarks.bench_input
 
 Makes JPEGs of ImageNet's usual size of scikit-learn's two photographs, and prints the images that
 one core makes ready in a second of its time, at each stage of DeiT's recipe: by this project's host
 side, which sends uint8 and leaves the rest of the recipe to the accelerator, and by timm's loader
-with Pillow, which does all of it. All are measured in turns, on one core, and medians are printed;
-then where the time goes, and the cores that a chip then needs. Needs what the tests need
+with Pillow, which does all of it. The pipelines alternate on one core, and medians are printed;
+then the time of each stage, and the number of cores that a chip needs. Needs what the tests need
 (`requirements-test.txt`).
 """
 
@@ -37,15 +37,15 @@ from tests.helpers.timm_reference import timm
 
 FILES = 256
 BATCH = 64
-WARM_UP, BATCHES = 3, 8  # of each measurement
-TURNS = 5
+WARM_UP, BATCHES = 3, 8  # batches before and in each measurement
+ROUNDS = 5
 SIZE = 224
 POLICY = "rand-m9-mstd0.5-inc1"
 CHIP_FLOPS, UTILISATION = 197e12, 0.4  # of a TPU v5e in bfloat16 (cloud.google.com/tpu/docs/v5e)
 
 
 def make_files(root: pathlib.Path) -> None:
-    """Writes different cuts of the photographs as `root/train/CLASS/*.jpeg`, of about 500×375."""
+    """Writes different crops of the photographs as `root/train/CLASS/*.jpeg`, of about 500×375."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(photo) for photo in load_sample_images().images]
     for number in range(FILES):
@@ -53,14 +53,16 @@ def make_files(root: pathlib.Path) -> None:
         width = int(rng.integers(400, 600))
         height = int(width * rng.uniform(0.65, 0.8))
         left, top = int(rng.integers(0, 120)), int(rng.integers(0, 80))
-        cut = photo.crop((left, top, left + 500, top + 340)).resize((width, height))
+        crop = photo.crop((left, top, left + 500, top + 340)).resize((width, height))
         path = root / "train" / str(number % 2) / f"{number:04}.jpeg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        cut.save(path, quality=92)
+        crop.save(path, quality=92)
 
 
-def ours(root: pathlib.Path, transform: TrainTransform, threads: int = 1) -> Iterator[object]:
-    """Yields this project's batches."""
+def our_batches(
+    root: pathlib.Path, transform: TrainTransform, threads: int = 1
+) -> Iterator[object]:
+    """Yields training batches of this project's pipeline."""
     source = FolderSource(root, "train")
     with pipeline.train_batches(
         source, transform, batch_size=BATCH, seed=0, threads=threads
@@ -68,37 +70,41 @@ def ours(root: pathlib.Path, transform: TrainTransform, threads: int = 1) -> Ite
         yield from batches
 
 
-def nothing(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Reads the file, and no more."""
+def read(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Reads an encoded image, and does not decode it."""
     return tf.reshape(tf.strings.length(encoded) + tf.cast(seed[0], tf.int32), [1, 1])
 
 
 def decode(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Decodes the whole image."""
+    """Decodes a whole image."""
     del seed
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def decode_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws a box and decodes the crop."""
+    """Draws a crop box of an image and decodes the crop."""
     return TrainTransform((SIZE, SIZE)).crop(encoded, seed)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage(TrainTransform):
-    """A part of what the host does to an image; `make` is of its encoding and a seed."""
+    """First stages of the host's pipeline, up to the one that is measured.
 
-    make: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = nothing
+    Attributes:
+      process: maps an encoded image and a seed to a tensor.
+    """
+
+    process: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = read
 
     def with_box(
         self, encoded: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns an image of which nothing is kept, so that batching it costs nothing."""
-        made = self.make(encoded, seed)
-        return tf.reduce_sum(tf.cast(made[:1, :1], tf.int32)), tf.zeros([4]), tf.constant(False)
+        """Returns a single number for the image, so that batching takes no time."""
+        result = self.process(encoded, seed)
+        return tf.reduce_sum(tf.cast(result[:1, :1], tf.int32)), tf.zeros([4]), tf.constant(False)
 
 
-def timms(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[object]:
+def timm_batches(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[object]:
     """Yields the batches of timm's loader, made by the calling thread; `whole` mixes and erases."""
     import torch
     from timm.data import ImageDataset, Mixup, create_loader
@@ -122,17 +128,17 @@ def timms(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[ob
         yield mixup(images, labels) if whole else images
 
 
-def timms_decoding(root: pathlib.Path) -> Iterator[object]:
-    """Yields batches of images that Pillow has decoded and nothing else."""
+def pillow_images(root: pathlib.Path) -> Iterator[object]:
+    """Yields batches of images that Pillow decodes, without any augmentation."""
     paths = itertools.cycle(sorted((root / "train").rglob("*.jpeg")))
     while True:
         yield [np.asarray(Image.open(next(paths)).convert("RGB")) for _ in range(BATCH)]
 
 
-def rate(make: Callable[[], Iterator[object]], clock: Callable[[], float]) -> float:
-    """Returns the images made in a second of a clock, all threads together."""
-    with contextlib.closing(make()) as batches:  # type: ignore[type-var]
-        for _ in range(WARM_UP):  # starts threads, compiles, and fills what is read ahead
+def rate(open_batches: Callable[[], Iterator[object]], clock: Callable[[], float]) -> float:
+    """Returns a pipeline's images per second of a clock, all threads together."""
+    with contextlib.closing(open_batches()) as batches:  # type: ignore[type-var]
+        for _ in range(WARM_UP):  # starts threads, compiles, and fills the prefetch buffers
             next(batches)
         start = clock()
         for _ in range(BATCHES):
@@ -141,42 +147,42 @@ def rate(make: Callable[[], Iterator[object]], clock: Callable[[], float]) -> fl
 
 
 def main(argv: list[str]) -> None:
-    """Measures all in turns and prints the medians."""
+    """Runs `python -m benchmarks.bench_input`: measures all pipelines and prints the medians."""
     del argv
     cores = os.sched_getaffinity(0)
     transform = TrainTransform((SIZE, SIZE), interpolation="random")
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         make_files(root)
-        made: dict[str, Callable[[], Iterator[object]]] = {
-            "read": lambda: ours(root, Stage((SIZE, SIZE), make=nothing)),
-            "decode": lambda: ours(root, Stage((SIZE, SIZE), make=decode)),
-            "decode the crop": lambda: ours(root, Stage((SIZE, SIZE), make=decode_crop)),
-            "crop": lambda: ours(root, transform),
-            "timm: decode": lambda: timms_decoding(root),
-            "timm: crop": lambda: timms(root, policy=None, whole=False),
-            "timm: randaugment": lambda: timms(root, policy=POLICY, whole=False),
-            "timm: whole": lambda: timms(root, policy=POLICY, whole=True),
+        pipelines: dict[str, Callable[[], Iterator[object]]] = {
+            "read": lambda: our_batches(root, Stage((SIZE, SIZE), process=read)),
+            "decode": lambda: our_batches(root, Stage((SIZE, SIZE), process=decode)),
+            "decode the crop": lambda: our_batches(root, Stage((SIZE, SIZE), process=decode_crop)),
+            "crop": lambda: our_batches(root, transform),
+            "timm: decode": lambda: pillow_images(root),
+            "timm: crop": lambda: timm_batches(root, policy=None, whole=False),
+            "timm: randaugment": lambda: timm_batches(root, policy=POLICY, whole=False),
+            "timm: whole": lambda: timm_batches(root, policy=POLICY, whole=True),
         }
-        rates: dict[str, list[float]] = {name: [] for name in made}
+        rates: dict[str, list[float]] = {name: [] for name in pipelines}
         os.sched_setaffinity(0, {min(cores)})
-        for _ in range(TURNS):
-            for name, make in made.items():
-                rates[name].append(rate(make, time.process_time))
+        for _ in range(ROUNDS):
+            for name, open_batches in pipelines.items():
+                rates[name].append(rate(open_batches, time.process_time))
         per_core = {name: statistics.median(values) for name, values in rates.items()}
         os.sched_setaffinity(0, cores)
-        all_cores = rate(lambda: ours(root, transform, len(cores)), time.monotonic)
+        all_cores = rate(lambda: our_batches(root, transform, len(cores)), time.monotonic)
 
-    print(f"images/s of one core's time, medians of {TURNS} turns; timm {timm.__version__}")
+    print(f"images/s of one core's time, medians of {ROUNDS} rounds; timm {timm.__version__}")
     print(f"{'':32}{'ours':>8}{'timm':>8}{'ratio':>8}")
     host = per_core["crop"]
-    for name, mine, theirs in (
+    for name, ours, timms in (
         ("decode", per_core["decode"], per_core["timm: decode"]),
         ("crop, resize, flip", host, per_core["timm: crop"]),
         ("and RandAugment *", host, per_core["timm: randaugment"]),
         ("the whole recipe *", host, per_core["timm: whole"]),
     ):
-        print(f"{name:32}{mine:8.0f}{theirs:8.0f}{mine / theirs:8.2f}")
+        print(f"{name:32}{ours:8.0f}{timms:8.0f}{ours / timms:8.2f}")
     print("* ours on the accelerator, in the step")
     print(f"ours on {len(cores)} cores at once: {all_cores:.0f} images/s of the clock")
 

@@ -22,13 +22,13 @@ from benchmarks import runs
 MODELS = ("vit", "lvvit", "spvit", "mait")
 SIZES = (100, 300, 1297)
 SEEDS = (0, 1, 2, 3, 4)
-STEPS = 640  # of 64 images, whatever the training size
+STEPS = 640  # training steps of 64 images, whatever the training size
 
 Run = tuple[str, int, int]  # model, training size, seed
 
 
 def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
-    """Trains one model unless that is done, and returns its final test accuracy."""
+    """Trains one model, unless its run is complete, and returns its final test accuracy."""
     model, size, seed = run
     config = f"--config=configs/digits.py:model={model},train_size={size}"
     workdir = output / f"{model}-{size}-{seed}"
@@ -36,7 +36,7 @@ def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
 
 
 def table(results: dict[Run, float]) -> str:
-    """Returns the results as a Markdown table, in percent."""
+    """Returns the accuracies of all runs as a Markdown table, in percent."""
     lines = ["| images | " + " | ".join(MODELS) + " |", "|---|" + "---|" * len(MODELS)]
     for size in SIZES:
         cells = []
@@ -47,7 +47,7 @@ def table(results: dict[Run, float]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Trains, prints the table and writes it beside the numbers."""
+    """Runs `python -m benchmarks.low_data`: trains all models, prints and writes the table."""
     del argv
     output = pathlib.Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ from absl import app
 from tests.mutants import MUTANTS, Mutant
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-_COPIED = ("spvit_jax", "configs", "benchmarks", "tests", "pyproject.toml")
+_TREE = ("spvit_jax", "configs", "benchmarks", "tests", "pyproject.toml")
 
 
 def copy_tree(root: pathlib.Path, copy: pathlib.Path) -> None:
-    """Copies what the tests need, and none of what commands make."""
-    for name in _COPIED:
+    """Copies the files of a tree that tests need, without compiled ones."""
+    for name in _TREE:
         if (root / name).is_dir():
             shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif (root / name).exists():
@@ -42,7 +42,7 @@ def failed_test(root: pathlib.Path, tests: Sequence[str]) -> str | None:
     """Returns the first test of a tree that fails, or None if all pass.
 
     Raises:
-      RuntimeError: pytest came to neither, for example as there is no such test.
+      RuntimeError: pytest gave no result, for example as there is no such test.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     environment = {
@@ -66,14 +66,14 @@ def failed_test(root: pathlib.Path, tests: Sequence[str]) -> str | None:
 
 
 def survivors(mutants: Sequence[Mutant], root: pathlib.Path = REPOSITORY) -> list[Mutant]:
-    """Runs the test of each mutant in a copy of a tree, and prints what became of it.
+    """Runs the test of each mutant in a copy of a tree; prints which were killed and which not.
 
     Args:
-      mutants: to be made.
-      root: of the tree, which is left alone.
+      mutants: mutants to make and test.
+      root: root of the tree, which is not changed.
 
     Returns:
-      Those whose test did not fail.
+      The mutants whose test did not fail.
 
     Raises:
       ValueError: a mistake can no longer be made.
@@ -81,7 +81,7 @@ def survivors(mutants: Sequence[Mutant], root: pathlib.Path = REPOSITORY) -> lis
     """
     for mutant in mutants:
         mutant.source(root)
-    alive = []
+    surviving = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = pathlib.Path(folder)
         copy_tree(root, copy)
@@ -93,24 +93,24 @@ def survivors(mutants: Sequence[Mutant], root: pathlib.Path = REPOSITORY) -> lis
             path.write_text(mutant.source(copy))
             killer = failed_test(copy, [mutant.test])
             path.write_text(text)
-            alive += [] if killer else [mutant]
-            fate = f"killed by {killer}" if killer else "SURVIVED"
-            print(f"{time.monotonic() - start:4.0f} s  {mutant}: {fate}", flush=True)
-    return alive
+            surviving += [] if killer else [mutant]
+            outcome = f"killed by {killer}" if killer else "SURVIVED"
+            print(f"{time.monotonic() - start:4.0f} s  {mutant}: {outcome}", flush=True)
+    return surviving
 
 
 def main(argv: list[str]) -> None:
-    """Makes the mutants that the argument names, or all."""
+    """Runs `python -m benchmarks.mutants` for the mutants that the argument names, or all."""
     pattern = argv[1] if len(argv) > 1 else ""
     chosen = [mutant for mutant in MUTANTS if re.search(pattern, str(mutant))]
     if not chosen:
         sys.exit(f"no mutant matches {pattern!r}")
     try:
-        alive = survivors(chosen)
+        surviving = survivors(chosen)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
-    print(f"{len(chosen) - len(alive)} of {len(chosen)} mutants killed")
-    sys.exit(bool(alive))
+    print(f"{len(chosen) - len(surviving)} of {len(chosen)} mutants killed")
+    sys.exit(bool(surviving))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.preflight
 
-Runs the very command that a user types, once for each recipe and topology, and keeps what it
-writes; what has been recorded is not compiled again, so that it can be stopped and started. The
-table goes between the two marks in the file, with a row for each that is done.
+Runs the command that a user types, once for each recipe and topology, and keeps its JSON file. A
+recipe and topology with a file is not compiled again, so that this can be stopped and continued.
+The table goes between the two marks in a Markdown file, with a row for each JSON file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-# Each with the parts of its name in the table.
+# Config files, each with its model and pixels in the table.
 RECIPES = {
     "spvit.py:s": ("SP-ViT-S", 224),
     "mait.py:s": ("MaiT-S", 224),
@@ -27,7 +27,7 @@ RECIPES = {
     "spvit.py:l": ("SP-ViT-L", 224),
     "spvit.py:l,384": ("SP-ViT-L", 384),
 }
-# Each with the batch size, where it is not the recipe's.
+# Topologies, each with the batch size where it is not the recipe's.
 TOPOLOGIES = {"v5e:4x4": None, "v5p:2x2x2": None, "v6e:4x4": None, "v5e:16x16": 4096}
 MARKS = "<!-- table -->", "<!-- end of the table -->"
 GIB = 2**30
@@ -47,52 +47,51 @@ def command(recipe: str, topology: str, output: pathlib.Path) -> list[str]:
 
 
 def path_of(recipe: str, topology: str, folder: pathlib.Path) -> pathlib.Path:
-    """Returns the file of one record."""
+    """Returns the JSON file of one recipe on one topology."""
     name = f"{recipe.replace('.py', '')}-{topology}"
     return folder / f"{name.replace(':', '-').replace(',', '-')}.json"
 
 
 def row(recipe: str, topology: str, record: dict[str, Any]) -> str:
-    """Returns a line of the table."""
+    """Returns the table's line for one recipe on one topology, from its JSON file."""
     model, size = RECIPES[recipe]
     first = f"| {model} | {size} | {topology} |"
-    account = record["account"]
     if not record["fits"]:
         needed = f"{record['needed_bytes'] / GIB:.1f}"
         if not record["ways"]:
             return f"{first} {TOPOLOGIES[topology] or ''} | {needed}, too much | | | | | | | | |"
         way = record["ways"][0]
         changes = ", ".join(f"`{name}={value}`" for name, value in way["changes"].items())
-        return line(f"{first}", way["account"], f"{needed}, too much; with {changes} ")
-    return line(first, account, "")
+        return line(first, way["account"], f"{needed}, too much; with {changes} ")
+    return line(first, record["account"], "")
 
 
-def line(first: str, account: dict[str, Any], remark: str) -> str:
-    """Returns the cells of an account behind the first ones."""
-    step, bound = account["train_step"], account["bound_seconds"]
+def line(first: str, compiled: dict[str, Any], remark: str) -> str:
+    """Returns a line of the table: its first cells, and those of the compiled steps."""
+    step, bound = compiled["train_step"], compiled["bound_seconds"]
     memory = step["memory_bytes"]
     state = sum(
         memory.get(kind, 0) for kind in ("parameters", "optimizer", "moving average", "other state")
     )
-    seconds = step["compile_seconds"] + account["eval_step"]["compile_seconds"]
+    seconds = step["compile_seconds"] + compiled["eval_step"]["compile_seconds"]
     cells = [
-        str(account["batch_size"]),
-        f"{remark}{account['needed_bytes'] / GIB:.2f} of {account['usable_bytes'] / GIB:.2f}",
+        str(compiled["batch_size"]),
+        f"{remark}{compiled['needed_bytes'] / GIB:.2f} of {compiled['usable_bytes'] / GIB:.2f}",
         f"{state / GIB:.2f}",
         f"{memory['activations'] / GIB:.2f}",
         f"{memory['temporaries'] / GIB:.2f}",
         f"{1000 * bound['step']:.0f} ({bound['by']})",
-        f"{account['images_per_second_at_bound']:,.0f}",
-        f"{100 * account['mfu_at_bound']:.0f}%",
-        f"{account['hours_at_bound']:.1f}",
-        f"{account['chip_hours_at_bound']:.0f}",
+        f"{compiled['images_per_second_at_bound']:,.0f}",
+        f"{100 * compiled['mfu_at_bound']:.0f}%",
+        f"{compiled['hours_at_bound']:.1f}",
+        f"{compiled['chip_hours_at_bound']:.0f}",
         f"{seconds / 60:.0f} min",
     ]
     return f"{first} {' | '.join(cells)} |"
 
 
 def table(folder: pathlib.Path) -> str:
-    """Returns the rows that are recorded as a Markdown table, and says how many are missing."""
+    """Returns the JSON files of a folder as a Markdown table, with a list of the missing ones."""
     head = (
         *("model", "pixels", "topology", "batch"),
         *("memory, GiB", "state", "activations", "temporaries"),
@@ -112,14 +111,14 @@ def table(folder: pathlib.Path) -> str:
 
 
 def write(text: str, path: pathlib.Path) -> None:
-    """Puts a table between the marks in a file."""
+    """Writes a table between the marks in a Markdown file."""
     before, _, rest = path.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 def main(argv: list[str]) -> None:
-    """Records what is missing, one after the other, and writes the table after each."""
+    """Runs `python -m benchmarks.preflight`: makes missing files, and the table after each."""
     del argv
     folder, target = pathlib.Path(flags.FLAGS.output), pathlib.Path(flags.FLAGS.table)
     folder.mkdir(parents=True, exist_ok=True)

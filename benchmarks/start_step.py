@@ -1,4 +1,4 @@
-"""Measures how long the first batch takes when training starts at a late step.
+"""Measures the time to the first batch when training starts at step 0 and at later ones.
 
     python -m benchmarks.start_step
 
@@ -27,12 +27,12 @@ from spvit_jax.data.tensorflow import tf
 RECORDS = 1_000_000
 BATCH = 256
 STEPS = (0, RECORDS // BATCH // 2, 299 * RECORDS // BATCH)
-TURNS = 3
+ROUNDS = 3
 NAME = "small_records"
 
 
 def write(data_dir: pathlib.Path) -> None:
-    """Writes a data set of grey images of one pixel, of ten brightnesses."""
+    """Writes a TFDS data set of grey images of one pixel, of ten brightnesses."""
     directory = data_dir / NAME / "1.0.0"
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict(
@@ -61,23 +61,27 @@ def write(data_dir: pathlib.Path) -> None:
         features=features,
         split_infos=[split],
         filename_template=template,
-        check_data=False,  # which is for TFRecord
+        check_data=False,  # it can check TFRecord alone
     )
 
 
 class Counted(TfdsSource):
-    """Counts the records that are read."""
+    """TFDS source that counts the records that are read.
+
+    Attributes:
+      read: number of records read so far.
+    """
 
     read = 0
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """Returns what the source does."""
+        """Returns the examples of the indices, and counts them."""
         self.read += len(indices)
         return super().fetch(indices)
 
 
 def first_batch(data_dir: pathlib.Path, step: int) -> tuple[float, int]:
-    """Returns the seconds until there is a batch, and the records that were read for it."""
+    """Returns the seconds until the first batch, and the number of records read for it."""
     start = time.monotonic()
     source = Counted(NAME, "train", str(data_dir))
     with pipeline.train_batches(
@@ -89,17 +93,17 @@ def first_batch(data_dir: pathlib.Path, step: int) -> tuple[float, int]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints a line for each step."""
+    """Runs `python -m benchmarks.start_step`: prints a line for each step to start at."""
     del argv
     tf.constant(0)  # starts TensorFlow
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder))
-        found: dict[int, list[tuple[float, int]]] = {step: [] for step in STEPS}
-        for _ in range(TURNS):
+        measured: dict[int, list[tuple[float, int]]] = {step: [] for step in STEPS}
+        for _ in range(ROUNDS):
             for step in STEPS:
-                found[step].append(first_batch(pathlib.Path(folder), step))
-    for step, turns in found.items():
-        seconds, read = (statistics.median(values) for values in zip(*turns, strict=True))
+                measured[step].append(first_batch(pathlib.Path(folder), step))
+    for step, rounds in measured.items():
+        seconds, read = (statistics.median(values) for values in zip(*rounds, strict=True))
         print(
             f"step {step:8}, after {step * BATCH:12} records: {seconds:.2f} s, {read:.0f} "
             f"of {RECORDS} records read"

@@ -1,4 +1,4 @@
-"""Measures what token labels of one's own teacher give: the loop that needs no download.
+"""Measures the accuracy gained by token labels of a teacher that is trained here, on digits.
 
     python -m benchmarks.token_labels --output=runs/token_labels
 
@@ -20,7 +20,7 @@ from absl import app, flags
 from benchmarks import runs
 
 SEEDS = (0, 1, 2, 3, 4)
-STEPS = 640  # of 64 images
+STEPS = 640  # training steps of 64 images
 CONFIG = "--config=configs/digits.py:model=spvit"
 STUDENTS = ("with token labels", "without")
 
@@ -28,7 +28,7 @@ Run = tuple[str, int]  # "teacher" or the kind of student, seed
 
 
 def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
-    """Trains a teacher and has it label the images, or trains a student of it."""
+    """Trains a teacher, which then labels tokens, or a student; returns the test accuracy."""
     kind, seed = run
     labels = output / f"labels-{seed}.npy"
     args = [CONFIG, f"--config.seed={seed}"]
@@ -39,13 +39,13 @@ def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
     workdir = output / f"{kind.replace(' ', '-')}-{seed}"
     value = runs.train(args, workdir, STEPS, core)
     if kind == "teacher" and not labels.exists():
-        made = [CONFIG, f"--checkpoint={workdir}", f"--output={labels}"]
-        runs.command("data.token_labels", ["make", *made], core)
+        arguments = [CONFIG, f"--checkpoint={workdir}", f"--output={labels}"]
+        runs.command("data.token_labels", ["make", *arguments], core)
     return value
 
 
 def main(argv: list[str]) -> None:
-    """Trains, prints the table and writes it beside the numbers."""
+    """Runs `python -m benchmarks.token_labels`: trains all models, prints and writes the table."""
     del argv
     output = pathlib.Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Handwritten digits on a CPU: the embedded default, small enough to train while one watches.
+"""Handwritten digits on a CPU: the package's own data set, small enough to train in minutes.
 
     python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
 
-# The MLPs of the first and the last are wider by what the stem of the others costs.
+# The MLPs of the first and the last are wider, by as many parameters as the others' stem has.
 MODELS = {
     "vit": {"name": "deit_ti", "mlp_ratio": 3.5},
     "lvvit": {"name": "lvvit_t", "stem_width": 16},

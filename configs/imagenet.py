@@ -1,4 +1,4 @@
-"""Any model of the registry on ImageNet-1K: for evaluating its weights, wherever they are from.
+"""Any model of the registry on ImageNet-1K: for evaluating weights of any origin.
 
     python -m spvit_jax.evaluate --config=configs/imagenet.py:swin_b,384 --checkpoint=swin_b.pth
     python -m spvit_jax.evaluate --config=configs/imagenet.py:cait_s24 --checkpoint=runs/cait \
@@ -6,7 +6,7 @@
 
 Arguments: `model`, one of `spvit_jax.models.list_models()`, and `image_size`, pixels such as
 384 or 256x320, in this order or by name. Images are resized and cropped as the model's authors did.
-Training with this file takes the defaults of `spvit_jax/config.py`, which are nobody's recipe.
+Training with this file takes the defaults of `spvit_jax/config.py`, which are no published recipe.
 """
 
 from ml_collections import ConfigDict

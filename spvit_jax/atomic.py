@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name when they are whole, or not at all."""
+"""Atomic writes: a file or folder appears under its name when it is complete, or not at all."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a file or folder its name once it is written; a context manager.
+    """Writes a file or folder that gets its name once it is complete; a context manager.
 
-    It is written under a name that nothing had before, so that what a process that was killed has
-    left is never taken for it. Whatever else ends the writing, Ctrl-C included, leaves nothing.
+    It is written under a temporary name that nothing had before, so that what a killed process
+    leaves behind is never taken for it. Any exception, Ctrl-C included, leaves nothing behind.
 
     Args:
-      path: its name; the folders above are created. A file of that name is replaced.
+      path: the file or folder; folders above it are created. A file of that name is replaced.
 
     Yields:
-      Where to write it, in a folder beside `path`.
+      The temporary path to write to, in a folder beside `path`.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file or folder cannot be written.
     """
     created = [parent for parent in path.parents if not parent.exists()]
     temporary = None
@@ -45,10 +45,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a text file: a reader, or a run after a crash, finds the old text or the new one.
+    """Replaces a text file atomically: a reader, also after a crash, finds the old or the new text.
 
     Raises:
-      OSError: it cannot be written; the old file is as it was.
+      OSError: the file cannot be written; the old one is as it was.
     """
     with replacing(path) as temporary, temporary.open("w") as file:
         file.write(text)

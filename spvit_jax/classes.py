@@ -1,4 +1,4 @@
-"""The classes of a run: their names by number, one table for all splits, kept with the weights."""
+"""Class names by number: one table for all splits of a run, kept with its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILE = "classes.json"  # in the workdir
 
 
 def difference(given: ClassNames, expected: ClassNames) -> str:
-    """Describes how two tables of classes differ; empty if they do not."""
+    """Describes how two tables of class names differ; the text is empty if they are equal."""
     if given == expected:
         return ""
     added = sorted(set(given) - set(expected))
@@ -26,16 +26,16 @@ def difference(given: ClassNames, expected: ClassNames) -> str:
 
 
 def check_same(given: ClassNames, expected: ClassNames, what: str, advice: str) -> None:
-    """Compares two tables of classes.
+    """Checks that two tables of class names are equal.
 
     Args:
-      given: names by number.
-      expected: likewise.
-      what: whose classes they are, for example "the teacher has other classes than the data".
-      advice: what to do if they differ.
+      given: class names by number.
+      expected: class names by number.
+      what: first part of the error, for example "the teacher has other classes than the data".
+      advice: last part of the error: what to do.
 
     Raises:
-      InputError: they differ; shows in which names.
+      InputError: the tables differ; shows in which names.
     """
     if different := difference(given, expected):
         raise InputError(f"{what} ({different}); {advice}")
@@ -50,16 +50,18 @@ def fingerprint(names: ClassNames) -> str:
 def claim_workdir(
     workdir: pathlib.Path, names: ClassNames, *, in_use: bool, write: bool = True
 ) -> None:
-    """Keeps the classes of a run in its workdir, as a JSON list of names by number.
+    """Writes the class names of a run to its workdir, or checks that they are those of the workdir.
+
+    The file is a JSON list of names by number.
 
     Args:
-      workdir: the folder, which exists.
-      names: of the training split.
+      workdir: folder of the run, which exists.
+      names: class names of the training split.
       in_use: whether the workdir holds checkpoints, with whose classes these must then agree.
-      write: whether to write; of several processes one does, and all compare.
+      write: whether this process writes the file; all processes compare.
 
     Raises:
-      InputError: the run has other classes, or the file cannot be read or written.
+      InputError: the workdir has other classes, or the file cannot be read or written.
     """
     path = workdir / _FILE
     try:

@@ -1,4 +1,4 @@
-"""What all commands share: reading flags, and saying what is wrong in one line."""
+"""Flags that all commands share, and errors of the user printed as one line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from spvit_jax import distributed, logs
 from spvit_jax.errors import InputError, WriteError, exit_code, nearest
 
 T = TypeVar("T")
-Getter = Callable[[], T]  # of a flag's value, once flags are parsed
+Getter = Callable[[], T]  # returns a flag's value, once flags are parsed
 
-STOPPED_EARLY = os.EX_TEMPFAIL  # 75: all is saved; start the same command again
+STOPPED_EARLY = os.EX_TEMPFAIL  # exit code 75: all is saved; start the same command again
 
 
 def run(main: Callable[[], object]) -> None:
-    """Parses the flags and runs a command; an error that is no bug is one line on the screen."""
+    """Parses the flags and runs a command; an error that is no bug is printed as one line."""
 
     def guarded(argv: list[str]) -> None:
         try:
@@ -35,17 +35,18 @@ def run(main: Callable[[], object]) -> None:
             if code is None:
                 raise
             if isinstance(error, WriteError):
-                # Coroutines that orbax leaves behind would end in pages of their own at exit.
+                # Coroutines that orbax leaves behind would print tracebacks at exit.
                 sys.unraisablehook = lambda _: None
             fail(error, code)
 
-    # Orbax warns of its own defaults at every turn, and writes pages of what it then raises.
+    # Orbax warns of its own defaults at every call, and logs the tracebacks of what it raises.
     logging.set_verbosity(logging.FATAL)
     logs.start()
     app.run(guarded, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags, for `app.run`; returns the arguments that are no flags."""
     path = _config_file(argv)
     try:
         _check_config_flags(argv, path)
@@ -61,28 +62,28 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _as_line(error: Exception, path: pathlib.Path | None) -> str | None:
-    """Returns what to say of an error in reading the flags; None if it is a bug.
+    """Returns the line that describes an error in reading the flags; None if it is a bug.
 
-    What a config file raises reaches us wrapped, and is said with its place in that file.
+    Exceptions of a config file arrive wrapped; the line names their place in that file.
     """
-    one: BaseException | None = error
-    while one is not None and path is not None:
-        if isinstance(one, SyntaxError) and one.filename == str(path):
-            return f"{path}:{one.lineno}: {type(one).__name__}: {one.msg}"
-        frames = traceback.extract_tb(one.__traceback__)
+    cause: BaseException | None = error
+    while cause is not None and path is not None:
+        if isinstance(cause, SyntaxError) and cause.filename == str(path):
+            return f"{path}:{cause.lineno}: {type(cause).__name__}: {cause.msg}"
+        frames = traceback.extract_tb(cause.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         if lines:
-            words = " ".join(str(one).split())
-            known = isinstance(one, InputError)
-            return words if known else f"{path}:{lines[-1]}: {type(one).__name__}: {words}"
-        one = one.__cause__ or one.__context__
+            message = " ".join(str(cause).split())
+            known = isinstance(cause, InputError)
+            return message if known else f"{path}:{lines[-1]}: {type(cause).__name__}: {message}"
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, InputError | flags.Error):
         return str(error)
     return None if path is None else f"{path}: {type(error).__name__}: {error}"
 
 
 def _config_file(argv: list[str]) -> pathlib.Path | None:
-    """Returns the file that --config names, without what is behind its colon, if it is given."""
+    """Returns the file that --config names, without the argument behind its colon, or None."""
     for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         if arg.startswith("-"):
             name, separator, value = arg.lstrip("-").partition("=")
@@ -104,7 +105,7 @@ def _check_config_flags(argv: list[str], path: pathlib.Path | None) -> None:
 
 
 def _check_fields(config: Any, path: pathlib.Path) -> None:
-    """Raises an `InputError` if a config file gives something else than a configuration."""
+    """Raises an `InputError` if a config file's result lacks fields of a configuration."""
     given = config_lib.flatten(getattr(config, "to_dict", dict)())
     missing = sorted(config_lib.flatten(config_lib.base().to_dict()).keys() - given.keys())
     if missing:
@@ -116,13 +117,13 @@ def _check_fields(config: Any, path: pathlib.Path) -> None:
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
-    """Prints an error in one line and ends the program."""
+    """Prints an error as one line and exits the program with a code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
 
 
 def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
-    """Defines --config and returns a function that gives its value after parsing."""
+    """Defines --config; returns a function for its value, to be called after parsing."""
     holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
     if required:
         flags.mark_flag_as_required("config")
@@ -130,7 +131,7 @@ def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
 
 
 def weights_flags() -> Getter[dict[str, str]]:
-    """Defines --step and --weights; the function gives them as `weights.find` takes them."""
+    """Defines --step and --weights; returns a function for both, as arguments of `weights.find`."""
     which = flags.DEFINE_string("step", "best", "Of a workdir: best, last, or a number.")
     weights = flags.DEFINE_enum(
         "weights",
@@ -143,16 +144,19 @@ def weights_flags() -> Getter[dict[str, str]]:
 
 
 def cluster_flags() -> Getter[distributed.Address | None]:
-    """Defines the flags of several processes; the function gives where this one belongs, if so."""
+    """Defines the flags of multi-process runs; returns a function for this process's address.
+
+    The address is None in a run of a single process.
+    """
     coordinator = flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where several processes train as one."
     )
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many there are of them.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+    process_id = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
     on_pod = flags.DEFINE_bool(
         "distributed", None, "On a pod: find the other processes. By default where GKE names them."
     )
-    timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait until all have come.")
+    timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait for all processes.")
 
     def address() -> distributed.Address | None:
         told = coordinator.value, num_processes.value, process_id.value

@@ -1,4 +1,4 @@
-"""The configuration: every field with its meaning, and what is worked out from it.
+"""The configuration of a run: every field with its meaning, and what is derived from it.
 
 Recipes in `configs/` start from `base()` and change values; the command line changes them once
 more (`--config.optim.lr=1e-3`). Nothing is derived before that. Then `resolve` turns durations
@@ -37,8 +37,8 @@ _DURATIONS = (
     "eval_every",
     "checkpoint.every",
 )
-# What may change between the start of a run and its continuation in the same workdir.
-_FREE = (
+# Fields that may change between the start of a run and its continuation in the same workdir.
+_CHANGEABLE = (
     "mesh",
     "data.data_dir",
     "data.threads",
@@ -53,9 +53,9 @@ def base() -> ConfigDict:
     A duration is a text such as "300 epochs", "5000 steps" or "1.28e6 examples".
     """
     config = ConfigDict()
-    config.seed = 0  # of the weights, the order of the data and all else that is random
-    config.log_every = "50 steps"  # training metrics are averaged over this and written
-    config.eval_every = "1 epoch"  # evaluation on data.eval_split, and a checkpoint with its result
+    config.seed = 0  # random seed of the weights, the order of the data and everything else
+    config.log_every = "50 steps"  # interval over which training metrics are averaged and written
+    config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
@@ -67,35 +67,35 @@ def base() -> ConfigDict:
     config.data = data = ConfigDict()
     data.dataset = "imagenet2012"  # "digits", a TFDS name, or "folder:PATH"
     data.data_dir = "data"  # where TFDS data sets are kept
-    data.train_split = "train"  # what is trained on
-    data.eval_split = "validation"  # what is evaluated on during training
+    data.train_split = "train"  # split to train on
+    data.eval_split = "validation"  # split to evaluate on during training
     data.minival = placeholder(object)  # held out of training as split "minival": 10000 or "1%"
     data.train_size = placeholder(object)  # examples, evenly by class: 200 or "1%"; None: all
     data.batch_size = 1024  # images per step, over all devices
     data.eval_batch_size = 1024  # images per step of evaluation
-    data.max_unreadable = 100  # damaged images of a split at which a run stops
-    data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale of 0 to 1
-    data.std = (0.229, 0.224, 0.225)  # likewise
-    data.threads = placeholder(int)  # for decoding; None: one per core
+    data.max_unreadable = 100  # number of damaged images in a split at which a run stops
+    data.mean = (0.485, 0.456, 0.406)  # mean of each channel, on a scale of 0 to 1
+    data.std = (0.229, 0.224, 0.225)  # standard deviation of each channel, likewise
+    data.threads = placeholder(int)  # decoding threads; None: one per core
 
     config.augment = augment = ConfigDict()
-    augment.crop_scale = (0.08, 1.0)  # random crop's share of the image's area
+    augment.crop_scale = (0.08, 1.0)  # random crop's fraction of the image's area
     augment.crop_ratio = (3 / 4, 4 / 3)  # random crop's width over height
     augment.interpolation = "bicubic"  # of crops and RandAugment; or "bilinear", or "random"
     augment.flip = 0.5  # probability of a horizontal flip
-    augment.repeats = 1  # of each image in a row, each augmented anew (repeated augmentation)
+    augment.repeats = 1  # consecutive copies of each image, each augmented anew
     augment.rand_augment = placeholder(str)  # timm's "rand-m9-mstd0.5-inc1"; None or "": off
     augment.three_augment = False  # grey, solarized or blurred, one of them (DeiT III)
     augment.color_jitter = 0.0  # strength of random brightness, contrast and saturation
     augment.erase = 0.0  # probability of filling a random box with noise
     augment.mixup = 0.0  # α of MixUp; 0 is off
     augment.cutmix = 0.0  # α of CutMix; 0 is off
-    augment.mix_probability = 1.0  # of mixing a group at all
-    augment.switch_probability = 0.5  # of CutMix rather than MixUp where both are on
+    augment.mix_probability = 1.0  # probability of mixing a group at all
+    augment.switch_probability = 0.5  # probability of CutMix rather than MixUp where both are on
     augment.mix_token = False  # paste a box of another image's patches behind the stem
     augment.mix_group_size = 128  # images that are mixed with each other, by one draw
     augment.eval_crop = placeholder(float)  # side kept by evaluation's crop; None: the model's
-    augment.eval_interpolation = placeholder(str)  # for evaluation; None: the model's
+    augment.eval_interpolation = placeholder(str)  # of evaluation images; None: the model's
     augment.eval_crop_mode = placeholder(str)  # "center", or "squash" to the model's proportions
 
     config.token_labels = token_labels = ConfigDict()
@@ -103,8 +103,8 @@ def base() -> ConfigDict:
     token_labels.official_axes = False  # take x for y where the authors' code does
 
     config.loss = loss = ConfigDict()
-    loss.label_smoothing = 0.1  # share of the target spread over all classes
-    loss.dense_weight = 1.0  # of the loss of a dense head, where the model has one
+    loss.label_smoothing = 0.1  # fraction of the target spread over all classes
+    loss.dense_weight = 1.0  # weight of the loss of a dense head, where the model has one
 
     config.distill = distill = ConfigDict()
     distill.teacher = placeholder(str)  # workdir or file whose labels a distilled model learns
@@ -112,8 +112,8 @@ def base() -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # or "lamb", or "sgd" with momentum b1
     optim.lr = 1e-3  # learning rate that the warm-up reaches, absolute: nothing rescales it
-    optim.min_lr = 1e-5  # at the end of the cosine, and through the cooldown; lr for a constant one
-    optim.warmup_lr = 1e-6  # at the first step, if there is a warm-up
+    optim.min_lr = 1e-5  # final learning rate, also in the cooldown; lr for a constant rate
+    optim.warmup_lr = 1e-6  # learning rate at the first step, if there is a warm-up
     optim.weight_decay = 0.05  # decoupled, times the learning rate; matrices only
     optim.b1 = 0.9  # Adam's decay of the first moment
     optim.b2 = 0.999  # Adam's decay of the second moment
@@ -124,16 +124,16 @@ def base() -> ConfigDict:
     optim.ema = 0.0  # decay of the moving average of the weights; 0 is off
 
     config.schedule = schedule = ConfigDict()
-    schedule.total = "300 epochs"  # the whole run, warm-up and cooldown included
+    schedule.total = "300 epochs"  # duration of the run, warm-up and cooldown included
     schedule.warmup = "5 epochs"  # linear from warmup_lr to lr, over the cosine's beginning
-    schedule.cooldown = "0 epochs"  # at min_lr, at the end
+    schedule.cooldown = "0 epochs"  # duration at min_lr, at the end
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = "1 epoch"  # beside the one after each evaluation
+    checkpoint.every = "1 epoch"  # interval of checkpoints beside those after evaluations
     checkpoint.keep_last = 2  # newest checkpoints kept
     checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
     config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
-    config.init_new_head = False  # whether they may lose a head for other classes
+    config.init_new_head = False  # whether a head for other classes may be replaced by a new one
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
@@ -206,11 +206,11 @@ def steps_of(duration: str | int, *, batch_size: int, num_examples: int) -> int:
 
 
 def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
-    """Returns a copy in which every duration is a number of steps, and nothing is left open.
+    """Returns a configuration with durations in steps and the evaluation protocol filled in.
 
     Args:
-      config: as the command line left it.
-      num_examples: examples per epoch.
+      config: configuration as the command line left it; it is not changed.
+      num_examples: training examples per epoch.
 
     Raises:
       InputError: a duration cannot be read, or the durations or the learning rates contradict
@@ -245,7 +245,7 @@ def resolve(config: ConfigDict, *, num_examples: int) -> ConfigDict:
 
 
 def _check_rates(config: ConfigDict) -> None:
-    """Raises an `InputError` unless the rate rises to `lr` and falls from it, or stays there."""
+    """Raises an `InputError` unless the learning rate rises to `lr` and falls, or stays there."""
     lr, min_lr, warmup_lr = (config.optim[name] for name in ("lr", "min_lr", "warmup_lr"))
     if not 0 < lr < math.inf:
         raise InputError(f"optim.lr is {lr:g}; expected a number above 0")
@@ -267,7 +267,7 @@ def model_settings(config: ConfigDict, *, num_classes: int) -> ModelConfig:
 
 
 def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> EvaluationProtocol:
-    """Returns how evaluation images are made: as the configuration says, else as the model's."""
+    """Returns the resizing and cropping of evaluation images: as configured, else the model's."""
     protocol = evaluation_protocol(config.model.name, image_shape)
     chosen = {field: config.augment[f"eval_{field}"] for field in protocol._fields}
     return protocol._replace(**{k: v for k, v in chosen.items() if v is not None})
@@ -276,13 +276,15 @@ def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> Evaluatio
 def claim_workdir(
     workdir: pathlib.Path, config: ConfigDict, *, in_use: bool, write: bool = True
 ) -> None:
-    """Creates the workdir and writes the resolved configuration there.
+    """Writes a run's configuration to its workdir, or refuses a workdir of another configuration.
+
+    The folder is created if need be.
 
     Args:
-      workdir: the folder.
-      config: resolved.
-      in_use: whether it holds checkpoints, with which the configuration must then agree.
-      write: whether to write; of several processes one does, and all compare.
+      workdir: folder of the run.
+      config: resolved configuration.
+      in_use: whether the workdir holds checkpoints, with which the configuration must then agree.
+      write: whether this process writes the file; all processes compare.
 
     Raises:
       InputError: the workdir belongs to another configuration, or cannot be written.
@@ -290,7 +292,7 @@ def claim_workdir(
     path = workdir / "config.json"
     if in_use and path.exists():
         try:
-            # Its durations are steps already; what it says less than today is worked out anew.
+            # Its durations are in steps already; fields that it lacks are derived as for a new run.
             changes = differences(resolve(from_json(path), num_examples=1), config)
         except (OSError, ValueError) as error:
             changes = []
@@ -315,16 +317,16 @@ def claim_workdir(
 
 
 def to_json(config: ConfigDict) -> str:
-    """Returns the configuration as indented JSON."""
+    """Returns a configuration as indented JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json(path: pathlib.Path) -> ConfigDict:
-    """Reads what `to_json` wrote; fields that there were not yet have their defaults.
+    """Reads a configuration from JSON; fields that the file lacks have their defaults.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it does not hold a configuration.
+      ValueError: the file does not hold a configuration.
     """
     tree = json.loads(path.read_text())
     if not isinstance(tree, dict):
@@ -341,7 +343,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     return [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE)
+        if before.get(key) != after.get(key) and not key.startswith(_CHANGEABLE)
     ]
 
 

@@ -48,20 +48,20 @@ def convert(
     weights: str = "auto",
     write: Writer,
 ) -> ModelConfig:
-    """Reads weights, takes them to another resolution or class count, and writes them.
+    """Reads weights, adapts them to another resolution or class count, and writes them.
 
     Args:
-      source: as `weights.find`.
-      output: where to write; must not exist yet.
-      like: the model, up to resolution, classes and layer kinds; None for an own checkpoint's.
+      source: file or folder of the weights, as in `weights.find`.
+      output: file or folder to write, which must not exist yet.
+      like: the model, up to resolution, classes and layer kinds; None where the weights say it.
       image_size: pixels, one number or (height, width); None keeps that of the weights.
       num_classes: with another number than the weights', the head is new; None keeps it.
-      which: as `weights.find`.
-      weights: as `weights.find`.
-      write: `write_checkpoint`, or a function like it.
+      which: checkpoint of a workdir, as in `weights.find`.
+      weights: "model", "ema" or "auto", as in `weights.find`.
+      write: writes the output: `write_checkpoint`, or `write_torch` in a dialect.
 
     Returns:
-      The model that was written.
+      The configuration of the model that was written.
 
     Raises:
       InputError: the weights cannot be read or are of another model, or the output exists or
@@ -81,7 +81,7 @@ def convert(
     class_names = found.class_names if model.num_classes == found.config.num_classes else None
     variables = found.load(model, sharding.make_mesh(-1, 1))
     lines = _changes(found, model)
-    del found  # and with it what was read, so that memory holds the weights once
+    del found  # and with it the arrays that were read, so that memory holds the weights once
     write(output, variables, model, class_names)
     print(*lines, f"wrote     {output}: {_describe(model)}", sep="\n")
     return model
@@ -93,10 +93,10 @@ def write_checkpoint(
     model: ModelConfig,
     class_names: ClassNames | None = None,
 ) -> None:
-    """Writes a workdir with one checkpoint, whole or not at all.
+    """Writes a workdir with one checkpoint, completely or not at all.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the workdir cannot be written.
     """
     try:
         with atomic.replacing(output) as temporary:
@@ -113,14 +113,14 @@ def write_torch(
     *,
     dialect: Dialect,
 ) -> None:
-    """Writes a `.pth` or `.safetensors` file under the names of PyTorch; as `files.write`."""
-    del class_names  # which such files do not hold
+    """Writes weights as a `.pth` or `.safetensors` file, with PyTorch's names, by `files.write`."""
+    del class_names  # such files do not hold them
     arrays = {name: np.asarray(leaf) for name, leaf in weights_lib.arrays_of(variables).items()}
     files.write(output, to_theirs(arrays, model, dialect), model.to_dict())
 
 
 def _changes(found: weights_lib.Weights, model: ModelConfig) -> list[str]:
-    """Returns lines that say what was read, and what was changed on the way."""
+    """Returns the lines that report which weights were read and how they were adapted."""
     old, height, width = found.config, *model.image_shape
     kind = "moving average, " if found.is_average else ""
     lines = [f"read      {found.where}: {kind}{_describe(old)}"]
@@ -146,7 +146,7 @@ def _describe(model: ModelConfig) -> str:
 
 
 def main() -> None:
-    """Defines the flags and runs the command."""
+    """Runs `python -m spvit_jax.convert`."""
     arch = flags.DEFINE_string("arch", None, "Name of the model; see list_models().")
     config = cli.config_flag(required=False)
     source = flags.DEFINE_string(

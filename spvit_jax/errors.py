@@ -1,4 +1,4 @@
-"""The exceptions that are no bugs, and the words that help to mend what is wrong.
+"""Exceptions that are not bugs, and functions that word error messages.
 
 Commands print them as a single line and exit with the code of `exit_code`; any other exception is
 a bug and keeps its traceback.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: says what was given, what was expected, what to do."""
+    """Invalid input of the user: the message says what was given, what was expected, what to do."""
 
 
 class WriteError(OSError):
@@ -21,7 +21,7 @@ class WriteError(OSError):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Returns the exit code of a command that such an error ends; None if the error is a bug."""
+    """Returns the exit code of a command that ends with an error; None if the error is a bug."""
     if isinstance(error, InputError):
         return 2
     return 1 if isinstance(error, WriteError | FloatingPointError) else None
@@ -29,7 +29,7 @@ def exit_code(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Makes a `WriteError` that names the file of any `OSError` inside."""
+    """Turns an `OSError` inside into a `WriteError` that names the file; a context manager."""
     try:
         yield
     except OSError as error:
@@ -46,17 +46,23 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error of a library says, without the pages that may follow."""
+    """Returns the first line of an error's message, at most 200 characters of it."""
     return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
-    """Compares the arrays that were found with those that a model needs.
+    """Checks that arrays have the names and shapes that a model needs.
+
+    Args:
+      expected: shapes that the model needs, by name.
+      given: shapes of the arrays, by name.
+      where: origin of the arrays, for the error.
 
     Raises:
-      InputError: they differ; shows the missing, unexpected and wrongly shaped names together.
+      InputError: names or shapes differ; shows the missing, unexpected and wrongly shaped
+        names together.
     """
     missing = [name for name in expected if name not in given]
     unexpected = [shown(name) for name in given if name not in expected]
@@ -73,7 +79,7 @@ def check_shapes(
 
 
 def shown(text: object, most: int = 80) -> str:
-    """Returns a text out of somebody's file as a line can show it: escaped, and not too long."""
+    """Returns a text from a user's file for an error: escaped, and at most `most` characters."""
     letters = str(text)
     rest = "…" if len(letters) > most else ""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in letters[:most]) + rest
@@ -84,6 +90,6 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def some(names: Sequence[str], most: int = 6) -> str:
-    """Returns names in one line, the first few of them if there are many."""
+    """Returns names joined by commas: the first `most`, and the number of the others."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest

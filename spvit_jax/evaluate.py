@@ -30,20 +30,20 @@ from spvit_jax.training.evaluation import evaluate
 def evaluate_checkpoint(
     config: ConfigDict, path: pathlib.Path, *, which: str, weights: str, split: str | None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint.
+    """Evaluates a checkpoint on a split of the configuration's data set.
 
     Args:
-      config: as `spvit_jax.config.base`; its model must be the checkpoint's, up to the resolution
-        and the kinds of SP-ViT's layers, which are taken from the checkpoint.
+      config: fields of `spvit_jax.config.base`; its model must be the checkpoint's, up to the
+        resolution and the kinds of SP-ViT's layers, which are taken from the checkpoint.
       path: a workdir of training, one checkpoint in it, or a `.pth` or `.safetensors` file.
-      which: as in `weights.find`.
-      weights: as in `weights.find`.
-      split: of the data set; the configuration's `data.eval_split` if None. Its classes
-        are numbered by their names as the checkpoint's; without names there, the training split's.
+      which: checkpoint of a workdir, as in `weights.find`.
+      weights: "model", "ema" or "auto", as in `weights.find`.
+      split: split of the data set; the configuration's `data.eval_split` if None. Its classes are
+        numbered by their names as the checkpoint's; without names there, the training split's.
 
     Returns:
-      `top1`, `top5`, `loss`, `count`, `images_per_second` once compiled, and `weights`, "ema" or
-      "model", which were taken.
+      `top1`, `top5`, `loss`, `count`, `images_per_second` after compilation, and `weights`:
+      which were taken, "ema" or "model".
 
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     """
     plan = plan_lib.evaluation(config, path, which=which, weights=weights, split=split)
     variables = plan.load()
-    with plan.batches() as first:  # compiles, so that it does not count
+    with plan.batches() as first:  # compiles, so that compilation is not timed
         batch = sharding.put_batch(next(first), plan.mesh)
         jax.block_until_ready(plan.eval_step(variables, batch))
     start = time.monotonic()
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
 
 
 def main() -> None:
-    """Defines the flags and runs the command."""
+    """Runs `python -m spvit_jax.evaluate`."""
     config = cli.config_flag()
     path = flags.DEFINE_string(
         "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True

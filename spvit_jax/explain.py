@@ -1,4 +1,4 @@
-"""Shows what the heads of a checkpoint learned about space, as pictures and as JSON.
+"""Plots the spatial priors and the attention that a checkpoint learned, as PNG and as JSON.
 
     python -m spvit_jax.explain --config=configs/digits.py --checkpoint=runs/digits --output=DIR
 
@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt
 
 
 def learned_priors(model: Model) -> dict[int, np.ndarray]:
-    """Returns, for each layer with SP-SA, the gain per head and offset [H, 2h-1, 2w-1]."""
+    """Returns the learned gain [H, 2h-1, 2w-1] per head and offset, for each layer with SP-SA."""
     return {
         layer: np.asarray(block.attn.prior.table(model.config.grid))
         for layer, block in enumerate(model.blocks)
@@ -45,13 +45,13 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
     """Returns the attention locality score of each layer and head (MaiT).
 
     Args:
-      model: in evaluation mode.
-      images: [B, height, width, 3], normalised.
+      model: model in evaluation mode.
+      images: normalised images [B, height, width, 3].
 
     Returns:
-      For each layer [H]: the attention inside the model's neighbourhood, averaged over queries
-      and images. Prefix tokens count as near: a query's attention to them is local. Padding of
-      Swin's windows is no query.
+      Scores [H] for each layer: the attention inside the model's neighbourhood, averaged over
+      queries and images. Prefix tokens count as near: a query's attention to them is local.
+      Padding of Swin's windows is no query.
     """
     mask = LocalityMask(0, model.config.mask_shape)
     scores = []
@@ -63,11 +63,11 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
 
 
 def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
-    """Returns how much alike the attention of any two layers is (MaiT, after arXiv 2103.11886).
+    """Returns the cosine similarity of any two layers' attention (MaiT, after arXiv 2103.11886).
 
     Args:
-      model: in evaluation mode.
-      images: [B, height, width, 3], normalised.
+      model: model in evaluation mode.
+      images: normalised images [B, height, width, 3].
 
     Returns:
       [L, L] float32: the cosine between the weights that a patch gives to all patches in the one
@@ -85,14 +85,14 @@ def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
     # The rows that are 0 are padding of Swin's windows.
     unit = [rows / jnp.where(norm, norm, 1) for (rows, _), norm in zip(maps, norms, strict=True)]
     similarity = np.full((len(maps), len(maps)), np.nan, np.float32)
-    for (a, one), (b, other) in itertools.product(enumerate(unit), repeat=2):
-        if maps[a][1] == maps[b][1] and one.shape == other.shape:
-            similarity[a, b] = (one * other).sum() / jnp.count_nonzero(norms[a])
+    for (a, first), (b, second) in itertools.product(enumerate(unit), repeat=2):
+        if maps[a][1] == maps[b][1] and first.shape == second.shape:
+            similarity[a, b] = (first * second).sum() / jnp.count_nonzero(norms[a])
     return similarity
 
 
 def plot_similarity(similarity: np.ndarray, path: pathlib.Path) -> None:
-    """Draws the similarity of layers as a PNG file; white where there is none."""
+    """Draws the similarity [L, L] of the layers' attention as a PNG file; NaN is white."""
     side = 3 + 0.15 * len(similarity)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axis.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
@@ -103,7 +103,7 @@ def plot_similarity(similarity: np.ndarray, path: pathlib.Path) -> None:
 
 
 def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
-    """Draws the priors, a row per layer and a column per head, as a PNG file."""
+    """Draws the learned gains, a row per layer and a column per head, as a PNG file."""
     heads = next(iter(priors.values())).shape[0]
     spread = max(float(np.abs(table - 1).max()) for table in priors.values())
     figure, axes = plt.subplots(
@@ -145,14 +145,14 @@ def explain(
     """Writes `explain.json`, `similarity.png` and, with SP-SA, `priors.png` into a folder.
 
     Args:
-      config: as `spvit_jax.config.base`; its model must be the checkpoint's.
-      path: a workdir of training, one checkpoint in it, or a file.
-      output: folder; created if need be.
-      which: as in `weights.find`.
-      weights: as in `weights.find`.
+      config: fields of `spvit_jax.config.base`; its model must be the checkpoint's.
+      path: a workdir of training, one checkpoint in it, or a `.pth` or `.safetensors` file.
+      output: folder to write to; created if need be.
+      which: checkpoint of a workdir, as in `weights.find`.
+      weights: "model", "ema" or "auto", as in `weights.find`.
 
     Returns:
-      What `explain.json` holds.
+      The contents of `explain.json`.
 
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
@@ -182,7 +182,7 @@ def explain(
 
 
 def main() -> None:
-    """Defines the flags and runs the command."""
+    """Runs `python -m spvit_jax.explain`."""
     config = cli.config_flag()
     path = flags.DEFINE_string(
         "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True

@@ -1,7 +1,7 @@
-"""Where this project's log lines go: the standard error, and the `train.log` of a run.
+"""Logging to the standard error and to the `train.log` of a run.
 
-All commands begin with `start`, so that no warning is lost; training goes on to `start_run` when
-it has a workdir. What libraries log is not shown: what goes wrong in them they raise.
+All commands begin with `start`, so that no warning is lost; training calls `start_run` when it has
+a workdir. Log lines of libraries are not shown: their errors are exceptions.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from spvit_jax.errors import InputError
 
 log = logging.getLogger("spvit_jax")
 
-# Of several processes each reads its own part of the data, and says what is wrong with it.
+# Each process reads its own part of the data and logs what is wrong with it.
 _DATA = "spvit_jax.data"
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _Screen(logging.Handler):
-    """Writes lines above the progress bar, if there is one."""
+    """Handler that writes lines above the progress bar, if there is one."""
 
     def __init__(self, level: int):
         super().__init__(level)
         self.setFormatter(_FORMAT)
-        self.addFilter(_is_said)
+        self.addFilter(_is_logged)
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _File(logging.FileHandler):
-    """A log file that is given up, in one line, once it cannot be written."""
+    """Handler of a log file that stops, with one warning, once the file cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         del record
@@ -45,22 +45,22 @@ class _File(logging.FileHandler):
 
 
 def start() -> None:
-    """Sends warnings to the standard error, and keeps them for the log of a run to come."""
-    early = logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
-    early.setLevel(logging.WARNING)
-    _send_to(_Screen(logging.WARNING), early)
+    """Sends warnings to the standard error, and buffers them for the `train.log` of a later run."""
+    buffer = logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+    buffer.setLevel(logging.WARNING)
+    _send_to(_Screen(logging.WARNING), buffer)
 
 
 def start_run(workdir: pathlib.Path | None) -> None:
     """Sends all lines to the standard error and to `train.log` in the workdir, if there is one.
 
-    On a terminal the progress bar stands for the line per interval (level DEBUG). The file begins
+    On a terminal the progress bar replaces the line per interval (level DEBUG). The file begins
     with the warnings since `start`.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: `train.log` cannot be written.
     """
-    early = [h for h in log.handlers if isinstance(h, logging.handlers.MemoryHandler)]
+    buffers = [h for h in log.handlers if isinstance(h, logging.handlers.MemoryHandler)]
     screen = _Screen(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     if workdir is None or not distributed.is_primary():
         _send_to(screen)
@@ -70,15 +70,15 @@ def start_run(workdir: pathlib.Path | None) -> None:
     except OSError as error:
         raise InputError(f"cannot write to workdir {workdir}: {error}") from error
     file.setFormatter(_FORMAT)
-    for kept in early:
-        kept.setTarget(file)
+    for buffer in buffers:
+        buffer.setTarget(file)
     _send_to(screen, file)  # closes the other handlers, which flushes them
 
 
 def _send_to(*handlers: logging.Handler) -> None:
-    """Sends what this project logs to these handlers alone."""
+    """Makes these the only handlers of this project's logger."""
     log.setLevel(logging.DEBUG)
-    # The root logger is absl's, and mute: orbax warns of its own defaults at every turn.
+    # The root logger is absl's, and off: orbax warns of its own defaults at every call.
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -87,7 +87,7 @@ def _send_to(*handlers: logging.Handler) -> None:
         log.addHandler(handler)
 
 
-def _is_said(record: logging.LogRecord) -> bool:
-    """Returns whether this process says a line: what all know alike, only the first one does."""
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Returns whether this process logs a record; the primary process logs what all have alike."""
     own = record.levelno >= logging.WARNING and record.name.startswith(_DATA)
     return own or distributed.is_primary()

@@ -1,7 +1,8 @@
-"""From a configuration to what a run is, with every check once; all commands go through here.
+"""Plans of runs: from a configuration to data, model, steps and mesh, with every check once.
 
-`training` and `evaluation` plan a run on data and weights that are here. `training_run` plans what
-is computed in training alone, also with data and on devices that are not here: `preflight` does.
+All commands that run a model on data use them. `training` and `evaluation` plan a run on this
+machine's data and devices. `training_run` plans the computation alone, for which neither has to be
+on this machine: `preflight` calls it.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class TrainingPlan:
     """A training run with its data and the weights that it starts from.
 
     Attributes:
-      run: what is computed.
-      class_names: of the data's classes by number.
-      in_use: whether the workdir holds checkpoints, with which the run goes on.
-      init_from: the weights that a new run starts from; None for random ones.
-      teacher: the weights that a distilled model learns from, or None.
-      train_batches: makes the endless batches of training from a `start_step` on.
-      eval_batches: makes the batches of one evaluation.
+      run: the computation: model, steps and mesh.
+      class_names: names of the data's classes, by number.
+      in_use: whether the workdir holds checkpoints, from which the run continues.
+      init_from: weights that a new run starts from; None for random ones.
+      teacher: variables of the model that a distilled model learns from, or None.
+      train_batches: returns the endless batches of training from a `start_step` on.
+      eval_batches: returns the batches of one evaluation.
     """
 
     run: TrainingRun
@@ -64,7 +65,7 @@ class TrainingPlan:
     eval_batches: Callable[[], BatchIterator]
 
     def create_state(self) -> tuple[TrainState, str]:
-        """Returns the state before the first step, and where its weights are from."""
+        """Returns the train state before the first step, and the origin of its weights."""
         state = self.run.create()
         if self.init_from is None:
             return state, "scratch"
@@ -77,11 +78,11 @@ class TrainingPlan:
         return state_lib.with_variables(state, variables), self.init_from.where
 
     def claim(self, workdir: pathlib.Path) -> None:
-        """Creates the workdir, and writes there what a run must keep to.
+        """Creates the workdir and writes the run's configuration and class names to it.
 
         Raises:
-          InputError: it belongs to another run, cannot be written, or is not shared by all
-            processes.
+          InputError: the workdir belongs to another run, cannot be written, or is not shared by
+            all processes.
         """
         write = distributed.is_primary()
         config_lib.claim_workdir(workdir, self.run.config, in_use=self.in_use, write=write)
@@ -91,14 +92,14 @@ class TrainingPlan:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationPlan:
-    """Trained weights, and the data that they are run on.
+    """An evaluation of trained weights, with its data.
 
     Attributes:
-      config: as it was given.
-      model: that of the weights, at the configuration's resolution.
-      weights: where they are, and what they were trained as.
-      source: the examples, whose classes have the weights' numbers.
-      mesh: the devices.
+      config: configuration as it was given, not resolved.
+      model: configuration of the weights' model, at the image size to evaluate at.
+      weights: the weights, not on the mesh yet.
+      source: examples of the split, whose classes have the weights' numbers.
+      mesh: mesh of the devices.
       eval_step: `step.eval_step` of (variables, batch), jitted.
     """
 
@@ -114,18 +115,18 @@ class EvaluationPlan:
         return self.weights.load(self.model, self.mesh, preset=self.config.mesh.sharding)
 
     def batches(self, batch_size: int | None = None) -> BatchIterator:
-        """Returns the batches of one evaluation, of the configuration's size unless said."""
+        """Returns the batches of one evaluation, by default of `data.eval_batch_size` images."""
         size = self.config.data.eval_batch_size if batch_size is None else batch_size
         return _eval_batches(self.config, self.model, self.source, self.mesh, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """What a distilled model learns from.
+    """Model that a distilled model learns from.
 
     Attributes:
-      weights: where they are.
-      model: that of the weights, at the student's resolution.
+      weights: weights of the teacher, not on the mesh yet.
+      model: configuration of the teacher, at the student's resolution.
     """
 
     weights: Weights
@@ -133,11 +134,11 @@ class Teacher:
 
 
 def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
-    """Plans a training run on the data and devices that are here; writes nothing.
+    """Plans a training run on this machine's data and devices; writes nothing.
 
     Args:
-      config: not resolved.
-      workdir: of the run, which may have been begun.
+      config: configuration, not resolved.
+      workdir: folder of the run, which may hold checkpoints.
 
     Raises:
       InputError: the configuration, the data or the weights cannot be used.
@@ -205,13 +206,15 @@ def evaluation(
     weights: str = "auto",
     split: str | None = None,
 ) -> EvaluationPlan:
-    """Plans to run trained weights on a split.
+    """Plans the evaluation of trained weights on a split.
 
     Args:
-      config: its model must be that of the weights, up to the resolution and the kinds of SP-ViT's
-        layers, which are taken from the weights.
-      path: as `weights.find`, as are `which` and `weights`.
-      split: of the data set; the configuration's `data.eval_split` if None. Its classes are
+      config: configuration, whose model must be that of the weights, up to the resolution and the
+        kinds of SP-ViT's layers, which are taken from the weights.
+      path: file or folder of the weights, as in `weights.find`.
+      which: checkpoint of a workdir, as in `weights.find`.
+      weights: "model", "ema" or "auto", as in `weights.find`.
+      split: split of the data set; the configuration's `data.eval_split` if None. Its classes are
         numbered by their names as the weights'; without names there, as the training split's.
 
     Raises:
@@ -238,7 +241,7 @@ def evaluation(
 
 
 def check_names(config: ConfigDict) -> None:
-    """Checks that there is what a configuration names, apart from its data.
+    """Checks that the names in a configuration exist, apart from those of its data.
 
     Raises:
       InputError: there is no such model, optimizer, preset of shardings, interpolation or policy
@@ -253,10 +256,10 @@ def check_names(config: ConfigDict) -> None:
 
 
 def find_teacher(config: ConfigDict, data: DataSize) -> Teacher | None:
-    """Finds the model that a distilled one learns from, if the configuration names one.
+    """Finds the teacher of a distilled model; returns None if the configuration names none.
 
     Raises:
-      InputError: it cannot be read or has other classes, or the student learns from none.
+      InputError: the teacher cannot be read or has other classes, or the model is not distilled.
     """
     if not config.distill.teacher:
         return None
@@ -281,14 +284,14 @@ def training_run(
     devices: Sequence[jax.Device] | None = None,
     teacher: ModelConfig | None = None,
 ) -> TrainingRun:
-    """Plans what is computed in a training run.
+    """Plans the computation of a training run: model, steps and mesh.
 
     Args:
-      config: not resolved.
-      data: how much there is.
-      changes: of fields of the configuration, such as {"model.remat": True}.
-      devices: those of this machine if not given; may be descriptions of others.
-      teacher: the model that a distilled one learns from.
+      config: configuration, not resolved.
+      data: sizes and classes of the data.
+      changes: fields of the configuration to change, such as {"model.remat": True}.
+      devices: devices of the mesh, by default this machine's; may be descriptions of others.
+      teacher: configuration of the model that a distilled model learns from.
 
     Raises:
       InputError: the configuration cannot be used with this data or on these devices.
@@ -323,7 +326,7 @@ def _eval_batches(
 
 
 def _warn_of_image_labels(run: TrainingRun) -> None:
-    """Warns where a dense head learns each patch to be what the whole image is."""
+    """Warns if a dense head learns the image's label for every patch, not token labels."""
     is_dense = getattr(run.model, "dense_head", False) and run.settings.dense_weight
     if is_dense and run.data.label_map is None:
         log.warning(

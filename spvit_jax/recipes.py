@@ -1,4 +1,4 @@
-"""What several recipes in `configs/` share: DeiT's training, and LV-ViT's with token labels."""
+"""Recipes that several files in `configs/` share: DeiT's, and LV-ViT's with token labels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError
 
-# Batch and learning rate at 224 pixels; batch at 384, and what one of the authors' 8 GPUs had of
-# it. LV-ViT's are the commands of its README, which has none for T, and at 384 one for S alone.
+# Batch size and learning rate at 224 pixels; batch size at 384, and that of one of the authors' 8
+# GPUs. LV-ViT's are the commands of its README, which has none for T, and at 384 one for S alone.
 _TOKEN_LABELLING = {
     "lvvit_t": (1024, 1.6e-3, 512, 64),
     "lvvit_s": (1024, 1.6e-3, 512, 64),
@@ -34,7 +34,7 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     config.augment.erase = 0.25
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0
-    config.augment.mix_group_size = 128  # what one of 8 GPUs has of the batch
+    config.augment.mix_group_size = 128  # images of the batch on one of 8 GPUs
 
     config.data.batch_size = 1024
     config.optim.lr = 1e-3
@@ -51,8 +51,8 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
 
     Args:
       family: "lvvit" or "spvit".
-      sizes: those that the family has.
-      arg: of the config file, a size and 224 or 384 pixels, such as "s,384".
+      sizes: sizes that the family has.
+      arg: argument of the config file, a size and 224 or 384 pixels, such as "s,384".
 
     Raises:
       InputError: the argument asks for another size or resolution.
@@ -75,7 +75,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"
     config.augment.erase = 0.25
     config.augment.mix_token = True
-    config.augment.mix_group_size = batch_size // 8  # what one of the authors' 8 GPUs had
+    config.augment.mix_group_size = batch_size // 8  # images on one of the authors' 8 GPUs
 
     config.data.batch_size = batch_size
     config.optim.lr = lr

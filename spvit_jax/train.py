@@ -1,4 +1,4 @@
-"""Trains a model: the whole run on one page.
+"""Trains a model: the whole run in one function.
 
     python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
 
@@ -25,11 +25,11 @@ from spvit_jax.training.evaluation import evaluate
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
-    """Trains, or continues to train, what a configuration describes.
+    """Trains the model of a configuration, or continues the run in a workdir.
 
     Args:
-      config: as `spvit_jax.config.base`; durations may be texts.
-      workdir: receives checkpoints, records and the resolved configuration; created if need be.
+      config: fields of `spvit_jax.config.base`; durations may be texts.
+      workdir: folder for checkpoints, metrics and the resolved configuration; created if need be.
       dry_run: whether to check everything, take one step on real data, and write nothing.
 
     Returns:
@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
         if step < total_steps:
             state_lib.check_finite(state, run.finite_leaves(state))
             checkpoints.save(step, state)
-        checkpoints.wait()  # what is said now is true
+        checkpoints.wait()  # so that the line below is true
         if step < total_steps:
             log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
         else:
@@ -113,7 +113,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
 
 def _take_one_step(plan: TrainingPlan, workdir: pathlib.Path) -> None:
-    """Takes one step of training and one of evaluation on real data, and says what came out."""
+    """Takes one step of training and one of evaluation on real data, and logs their losses."""
     run = plan.run
     state, origin = plan.create_state()
     with plan.train_batches() as batches, plan.eval_batches() as held_out:
@@ -127,7 +127,7 @@ def _take_one_step(plan: TrainingPlan, workdir: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Defines the flags and runs the command."""
+    """Runs `python -m spvit_jax.train`."""
     config = cli.config_flag()
     workdir = flags.DEFINE_string(
         "workdir", None, "Folder of the run; created if need be.", required=True

@@ -1,7 +1,6 @@
-"""Weights from wherever they are: an own checkpoint, or a file of PyTorch, at any resolution.
+"""Pretrained weights, from a checkpoint of this project or a file of PyTorch, at any resolution.
 
-What all share that begin with somebody's weights: evaluation, fine-tuning, conversion, and in
-Python
+Evaluation, fine-tuning and conversion read weights here, and in Python
 
     model = create_model("spvit_s", image_size=384)
     load_torch(model, "spvit_s_224.pth.tar")
@@ -39,8 +38,8 @@ from spvit_jax.training.state import Variables
 
 log = logging.getLogger("spvit_jax")
 
-# Fields of a model that its weights do not show.
-_FUNCTION = (
+# Fields that change what a model computes, and not the names or shapes of its weights.
+_NOT_IN_WEIGHTS = (
     *("masked_heads", "mask_radius", "mask_kind", "prior_extent"),
     *("norm_eps", "skip_lam", "num_heads"),
 )
@@ -48,15 +47,16 @@ _FUNCTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights that have been found, and the model they are of.
+    """Weights that have been found, with the configuration of their model.
 
     Attributes:
-      where: the file or the checkpoint.
-      config: the model, as it was trained.
-      read: reads the arrays under their names onto a mesh, by a preset of shardings.
-      is_average: whether they are a moving average.
-      missing_heads: the model's heads that the weights lack, as those of a backbone do.
-      class_names: of the classes that it was trained on, by number; None if not known.
+      where: path of the file or checkpoint.
+      config: configuration of the model, as it was trained.
+      read: returns the arrays by name, read onto a mesh with a preset of shardings.
+      is_average: whether the weights are a moving average.
+      missing_heads: names of the model's heads that the weights lack, as a backbone's do.
+      class_names: names of the classes that the model was trained on, by number; None if not
+        known.
     """
 
     where: str
@@ -67,7 +67,7 @@ class Weights:
     class_names: ClassNames | None = None
 
     def adopt_layer_kinds(self, model: ModelConfig) -> ModelConfig:
-        """Returns the model with the kinds of layers that the weights have.
+        """Returns a model's configuration with the kinds of layers that the weights have.
 
         SP-ViT's authors trained with several numbers of SP-SA layers, L with none.
         """
@@ -85,15 +85,15 @@ class Weights:
         new_head: bool = False,
         class_names: ClassNames | None = None,
     ) -> None:
-        """Checks that `load` can make the weights those of a model.
+        """Checks that `load` can adapt the weights to a model; warns of differences in function.
 
         Args:
-          model: to be made.
-          new_head: whether it may get a new head for other classes.
-          class_names: of its classes by number; None if not known.
+          model: configuration of the model.
+          new_head: whether the model may get a new head for other classes.
+          class_names: names of the model's classes, by number; None if not known.
 
         Raises:
-          InputError: they cannot.
+          InputError: the weights are of another model or of other classes.
         """
         check_classes(self.config, model, self.where, may_replace=new_head)
         check_heads(self.missing_heads, self.where, may_replace=new_head)
@@ -117,16 +117,16 @@ class Weights:
             log.warning("warning: %s was trained with %s", self.where, difference)
 
     def _differences(self, model: ModelConfig) -> list[str]:
-        """Lists what changes the model's function and does not show in its weights."""
+        """Lists the fields by which a model computes something else than the trained one."""
         trained, asked = self.config.to_dict(), model.to_dict()
         return [
             f"{field} {trained[field]}, and {asked[field]} is asked for"
-            for field in _FUNCTION
+            for field in _NOT_IN_WEIGHTS
             if field in trained and trained[field] != asked[field]
         ]
 
     def check_class_names(self, class_names: ClassNames, advice: str) -> None:
-        """Raises an `InputError` with advice if these were trained on classes of other names."""
+        """Raises an `InputError` with advice if the weights were trained on other classes."""
         if self.class_names is not None:
             what = f"{self.where} was trained on other classes than those of the data"
             classes.check_same(self.class_names, class_names, what, advice)
@@ -142,10 +142,13 @@ class Weights:
         """Reads the weights and resizes them to the model's resolution.
 
         Args:
-          model: for which `check` has passed. A head for other classes is new.
-          mesh: the devices.
-          preset: of `sharding.PRESETS`.
-          class_names: of the model's classes; if the weights' have other names, the head is new.
+          model: configuration that `check` has accepted. A head for other classes is new.
+          mesh: mesh of the devices.
+          preset: name in `sharding.PRESETS`.
+          class_names: names of the model's classes; if the weights' differ, the head is new.
+
+        Returns:
+          The model's variables, on the mesh.
 
         Raises:
           InputError: the weights are damaged.
@@ -155,7 +158,7 @@ class Weights:
 
         def make(arrays: Mapping[str, jax.Array]) -> Variables:
             adapted = adapt(arrays, self.config, model, self.where, new_head=new_head)
-            return map_named(lambda name, _: adapted[_inside(name)], like)
+            return map_named(lambda name, _: adapted[_name_in_model(name)], like)
 
         arrays = {name: jnp.asarray(array) for name, array in self.read(mesh, preset).items()}
         with warnings.catch_warnings():
@@ -171,14 +174,14 @@ def find(
     which: str = "best",
     weights: str = "auto",
 ) -> Weights:
-    """Finds weights and what model they are of, and says which of several it took.
+    """Finds weights and the configuration of their model, and logs which of several it takes.
 
     Args:
-      source: a workdir of training, one checkpoint in it, what `interop.files.read` takes, or a
-        state dict of tensors or arrays.
-      like: the model that they are expected to be of, up to resolution, classes and layer kinds;
-        may be None where they say that themselves: in what this project has written.
-      which: "best", "last" or a step, where the path is a workdir.
+      source: a workdir of training, one checkpoint in it, a file that `interop.files.read` takes,
+        or a state dict of tensors or arrays.
+      like: configuration of the expected model, up to resolution, classes and layer kinds; may be
+        None for checkpoints and files of this project, which hold it.
+      which: checkpoint of a workdir: "best", "last" or a step.
       weights: "model" for the weights themselves, "ema" for their moving average, or "auto" for
         the average where there is one: it is what training evaluates, here as in the recipes that
         files of PyTorch are from, and what timm's `load_checkpoint` takes.
@@ -192,7 +195,7 @@ def find(
         if found.changes:
             log.warning("note: %s: %s", where, "; ".join(found.changes))
         if found.has_average:
-            _say_which(where, found.is_average, found.has_average)
+            _log_which(where, found.is_average, found.has_average)
         arrays = as_arrays(found.tensors, where)
         return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
 
@@ -200,7 +203,7 @@ def find(
     if checkpoint.newest(source) is not None or not files.is_file_of_weights(source):
         directory = checkpoint.find(source, which=which)
         taken, has_average = checkpoint.choose(directory, weights)
-        _say_which(directory, taken == "ema", has_average)
+        _log_which(directory, taken == "ema", has_average)
         fields = checkpoint.model_of(directory)
         config = _known(like if fields is None else from_dict(fields, source), source)
 
@@ -213,14 +216,14 @@ def find(
         return Weights(str(directory), config, read, taken == "ema", class_names=names)
 
     contents = files.read(source, weights=weights)
-    _say_which(source, contents.is_average, contents.has_average)
+    _log_which(source, contents.is_average, contents.has_average)
     config = _known(like if contents.note is None else from_dict(contents.note, source), source)
     return _of_torch(
         contents.state_dict,
         config,
         str(source),
         is_average=contents.is_average,
-        says_grid=contents.note is not None,
+        holds_grid=contents.note is not None,
     )
 
 
@@ -230,13 +233,13 @@ def _of_torch(
     where: str,
     *,
     is_average: bool,
-    says_grid: bool = False,
+    holds_grid: bool = False,
 ) -> Weights:
-    """Returns the weights of a state dict, expected to be of the model `like`."""
+    """Returns the weights of a PyTorch state dict, expected to be of the model `like`."""
     config, arrays = to_ours(state_dict, like, where, may_lack_heads=True)
     height, width = config.grid
     side = math.isqrt(height * width)
-    if "pos_embed" in arrays and not says_grid and height != width and side**2 == height * width:
+    if "pos_embed" in arrays and not holds_grid and height != width and side**2 == height * width:
         log.warning(
             "note: %s does not say whether its %d patches are %d×%d, as in the model, or %d×%d",
             *(where, height * width, height, width, side, side),
@@ -252,13 +255,13 @@ def load_torch(
     weights: str = "auto",
     new_head: bool = False,
 ) -> None:
-    """Puts weights into a model, resized to its resolution; the kinds of its layers become theirs.
+    """Loads weights into a model, resized to its resolution; the kinds of its layers become theirs.
 
     Args:
-      model: of the same architecture.
-      source: as `find`.
-      weights: as `find`.
-      new_head: whether heads that are missing or have another number of classes are new ones.
+      model: model of the weights' architecture.
+      source: file, folder or state dict of the weights, as in `find`.
+      weights: "model", "ema" or "auto", as in `find`.
+      new_head: whether heads that are missing or have another number of classes are new.
 
     Raises:
       InputError: as `find` and `Weights.check`; the model is left as it was.
@@ -276,7 +279,7 @@ def load_torch(
 
 
 def _rebuild(model: Model, config: ModelConfig) -> None:
-    """Makes a model what `config` builds, in the mode that it is in."""
+    """Replaces a model's modules by those that `config` builds, in the same mode."""
     other = config.build(nnx.Rngs(0))
     if not model.deterministic:
         other.train()
@@ -286,10 +289,16 @@ def _rebuild(model: Model, config: ModelConfig) -> None:
 def find_fitting(
     path: pathlib.Path, model: ModelConfig, *, which: str = "best", weights: str = "auto"
 ) -> tuple[Weights, ModelConfig]:
-    """Finds weights to run a model with, as `find`; the kinds of its layers are theirs.
+    """Finds weights for a model, whose kinds of layers become those of the weights.
+
+    Args:
+      path: file or folder of the weights, as in `find`.
+      model: configuration of the model.
+      which: checkpoint of a workdir, as in `find`.
+      weights: "model", "ema" or "auto", as in `find`.
 
     Returns:
-      The weights, and the model for which `load` can be called.
+      The weights, and the configuration for which `load` can be called.
 
     Raises:
       InputError: as `find` and `Weights.check`.
@@ -300,7 +309,7 @@ def find_fitting(
     return found, model
 
 
-def _say_which(where: object, is_average: bool, has_average: bool) -> None:
+def _log_which(where: object, is_average: bool, has_average: bool) -> None:
     if is_average:
         text = "its moving average is taken; --weights=model takes the weights themselves"
     elif has_average:
@@ -311,12 +320,15 @@ def _say_which(where: object, is_average: bool, has_average: bool) -> None:
 
 
 def arrays_of(variables: Variables) -> dict[str, Any]:
-    """Returns a model's arrays under their names, as `naming.arrays_of` does of a module."""
-    return {_inside(name): leaf for name, leaf in named_leaves(variables).items()}
+    """Returns the arrays of variables by name, as `naming.arrays_of` does those of a model."""
+    return {_name_in_model(name): leaf for name, leaf in named_leaves(variables).items()}
 
 
 def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
-    """Returns how many layers have SP-SA, and which the class token enters; None for no ViT."""
+    """Returns the number of layers with SP-SA and the layer that the class token enters.
+
+    None for a model that is no ViT.
+    """
     return (model.spatial_layers, model.class_token_block) if isinstance(model, ViTConfig) else None
 
 
@@ -326,6 +338,6 @@ def _known(config: ModelConfig | None, where: object) -> ModelConfig:
     return config
 
 
-def _inside(name: str) -> str:
+def _name_in_model(name: str) -> str:
     """Returns a leaf's name inside the model: without `params/` or `stats/`."""
     return name.partition("/")[2]

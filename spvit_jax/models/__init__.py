@@ -59,7 +59,7 @@ def _lvvit(
     skip_lam: float = 2.0,
     spatial_layers: int | None = None,
 ) -> ViTConfig:
-    """LV-ViT, or SP-ViT where the number of spatial layers is given."""
+    """Returns the configuration of an LV-ViT, or of an SP-ViT if `spatial_layers` is given."""
     return ViTConfig(
         depth=depth,
         dim=dim,
@@ -133,11 +133,11 @@ _MODELS: dict[str, ModelConfig] = {
 
 
 class EvaluationProtocol(NamedTuple):
-    """How a model's authors make an evaluation image, apart from its size.
+    """Resizing and cropping of evaluation images by a model's authors, apart from the size.
 
     Attributes:
-      crop: the share of the resized image's side that the centre crop keeps.
-      interpolation: "bilinear" or "bicubic".
+      crop: fraction of the resized image's side that the centre crop keeps.
+      interpolation: filter of the resizing, "bilinear" or "bicubic".
       crop_mode: "center", or "squash" where the image loses its proportions.
     """
 
@@ -146,7 +146,7 @@ class EvaluationProtocol(NamedTuple):
     crop_mode: str = "center"
 
 
-# By a pattern of names, below 384 pixels and from there on; the first that matches counts.
+# (pattern of names, protocol below 384 pixels, protocol from there on); the first match counts.
 _EVALUATION_PROTOCOLS = (
     *(
         (pattern, EvaluationProtocol(crop), EvaluationProtocol(crop))
@@ -171,9 +171,9 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationProtocol:
-    """Returns how a named model is evaluated at an image shape (height, width) in pixels.
+    """Returns the evaluation protocol of a named model at an image shape (height, width) in pixels.
 
-    It is the protocol of the model's authors, by which the accuracies of their papers were
+    It is that of the model's authors, by which the accuracies of their papers were
     measured; timm's differs for Swin.
 
     Raises:
@@ -198,7 +198,7 @@ def model_config(
     Args:
       name: one of `list_models()`.
       image_size: pixels: one number, (height, width), or a text such as "160x256".
-      num_classes: C.
+      num_classes: number of classes C.
       **overrides: fields of `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Raises:
@@ -215,7 +215,7 @@ def model_config(
 
 
 def field_types() -> dict[str, type]:
-    """Returns the fields of all families that can be chosen, and the type of each.
+    """Returns the type of each field that the configuration of some family has, by name.
 
     The type is `object` where values of several are possible; None stands for a field's default
     everywhere. The number of classes is the data's and no choice.
@@ -223,7 +223,7 @@ def field_types() -> dict[str, type]:
     kinds: dict[str, type] = {}
     for family in FAMILIES:
         for name, hint in typing.get_type_hints(family).items():
-            options = [one for one in typing.get_args(hint) or (hint,) if one is not type(None)]
+            options = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
             is_tuple = typing.get_origin(hint) is tuple
             kinds[name] = tuple if is_tuple else options[0] if len(options) == 1 else object
     del kinds["num_classes"]
@@ -231,11 +231,11 @@ def field_types() -> dict[str, type]:
 
 
 def from_dict(fields: Mapping[str, Any], where: object = "a file") -> ModelConfig:
-    """Returns the configuration that `ModelConfig.to_dict` was called on, also through JSON.
+    """Returns the model configuration whose `to_dict` gave these fields, directly or through JSON.
 
     Args:
-      fields: as `to_dict` returns them.
-      where: what to call their origin in an error.
+      fields: fields and family, as `ModelConfig.to_dict` returns them.
+      where: origin of the fields, for an error.
 
     Raises:
       InputError: the fields are not those of a model of this version, or no model can have them.
@@ -263,8 +263,8 @@ def create_model(
     Args:
       name: one of `list_models()`.
       image_size: pixels: one number, (height, width), or a text such as "160x256".
-      num_classes: C.
-      rngs: for the initial weights; `nnx.Rngs(0)` if not given.
+      num_classes: number of classes C.
+      rngs: random keys of the initial weights; `nnx.Rngs(0)` if not given.
       **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Returns:

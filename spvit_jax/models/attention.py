@@ -1,7 +1,7 @@
-"""The one equation of this project, softmax(G ⊙ QKᵀ/√d + B) V, and the module around it.
+"""Attention with a gain and a bias, softmax(G ⊙ QKᵀ/√d + B) V, and the module around it.
 
-What the gain G and the bias B are is decided in `spatial.py`; how blocks are stacked, in
-`vit.py` and its siblings. Every attention of every model goes through `attention` below.
+The gain G and the bias B are computed in `spatial.py`; blocks are stacked in `vit.py`, `cait.py`
+and `swin.py`. Every attention of every model goes through `attention` below.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def attention_weights(
       q: queries [B, n, H, d].
       k: keys [B, m, H, d].
       gain: G, [H, n, m] or anything that broadcasts to [B, H, n, m]; None stands for 1.
-      bias: B, likewise; None stands for 0. An entry of -inf removes a pair.
-      mix_scores: talking heads' map of QKᵀ/√d; G and B act on what it returns, so that a head
-        that is masked stays so.
-      mix_weights: talking heads' map of the weights, after the softmax.
+      bias: B, of a shape as that of G; None stands for 0. An entry of -inf removes a pair.
+      mix_scores: map of QKᵀ/√d over the heads (talking heads); G and B act on its result, so that
+        a head that is masked stays so.
+      mix_weights: map of the weights over the heads, after the softmax (talking heads).
 
     Returns:
       Attention weights [B, H, n, m], float32 or float64, each row summing to 1 (before
@@ -65,7 +65,7 @@ def attention(
     mix_scores: Mix | None = None,
     mix_weights: Mix | None = None,
 ) -> jax.Array:
-    """Computes softmax(G ⊙ QKᵀ/√d + B) V.
+    """Computes attention with a gain and a bias, softmax(G ⊙ QKᵀ/√d + B) V.
 
     With G learned this is SP-ViT's attention (arXiv 2206.07662), with G binary a masked head of
     MaiT (arXiv 2207.03006).
@@ -105,8 +105,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention over prefix tokens and a grid of patches.
 
     Attributes:
-      prior: the learned gain of SP-SA, or None for a layer without one.
-      mask: the neighbourhood to which the first heads are masked, or None.
+      prior: learned gain of SP-SA, or None for a layer without one.
+      mask: neighbourhood to which the first heads are masked, or None.
       mix_scores: talking heads before the softmax, or None.
       mix_weights: talking heads after the softmax, or None.
     """
@@ -170,7 +170,7 @@ class Attention(nnx.Module):
         return attention_weights(q, k, gain, bias, **mix)
 
     def map_grid(self, grid: Grid) -> Grid:
-        """Returns the grid that `weights` are about, where tokens have the given one."""
+        """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

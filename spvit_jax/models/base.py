@@ -1,7 +1,7 @@
-"""What every model shares: the fields of its configuration, how it is called, what it returns.
+"""Base classes of all models: `ModelConfig`, `Model`, and the `Outputs` of a model in training.
 
-A family is a file beside this one with a subclass of `ModelConfig`, which says what there is to
-choose, and a subclass of `Model`, which says how tokens go from block to block.
+A family is a file beside this one with a subclass of `ModelConfig`, which adds fields, and a
+subclass of `Model`, which defines the tokens before, between and after the blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MaskSchedule = tuple[tuple[int, int], ...]  # ((number of layers, masked heads i
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What defines a model of any family; fields are checked on creation.
+    """Configuration of a model of any family; fields are checked on creation.
 
     Raises:
       InputError: a field has a value from which no model can be built.
@@ -36,12 +36,12 @@ class ModelConfig:
 
     # Input and output.
     image_size: int | tuple[int, int] = 224  # pixels, one number or (height, width)
-    num_classes: int = 1000  # C
+    num_classes: int = 1000  # number of classes C
     patch_size: int = 16  # pixels
 
     # Blocks.
-    dim: int = 384  # D; in Swin of the first stage
-    num_heads: int = 6  # H, of each block; in Swin of the first stage
+    dim: int = 384  # channels D of a token; in Swin of the first stage
+    num_heads: int = 6  # heads H of each block; in Swin of the first stage
     mlp_ratio: float = 4.0  # hidden width of the MLP over dim
     qkv_bias: bool = True  # whether queries, keys and values have a bias
     norm_eps: float = 1e-6  # epsilon of LayerNorm
@@ -104,18 +104,18 @@ class ModelConfig:
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Height and width of the images in pixels."""
         return _pair(self.image_size)
 
     @property
     def grid(self) -> Grid:
-        """(h, w) in patches, as the first block sees them."""
+        """Rows and columns of patches (h, w) that enter the first block."""
         height, width = self.image_shape
         return height // self.patch_size, width // self.patch_size
 
     @property
     def mask_shape(self) -> tuple[int, int]:
-        """The neighbourhood's radius as (rows, columns)."""
+        """Radius of the masked heads' neighbourhood as (rows, columns)."""
         return _pair(self.mask_radius)
 
     def heads_per_layer(self) -> list[int]:
@@ -138,31 +138,31 @@ class ModelConfig:
         return [self.drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
 
     def mask(self, layer: int) -> LocalityMask | None:
-        """Returns the mask of a layer, or None where no head is masked."""
+        """Returns the locality mask of a layer, or None where no head is masked."""
         masked = self.masked_per_layer()[layer]
         return LocalityMask(masked, self.mask_shape, self.mask_kind) if masked else None
 
     def build(self, rngs: nnx.Rngs) -> Model:
-        """Creates the model."""
+        """Creates the model of this configuration."""
         raise NotImplementedError
 
     def abstract(self) -> Model:
-        """Returns the model with shapes in the place of arrays, of which none is allocated."""
+        """Returns the model with shapes in the place of arrays; allocates none."""
         return nnx.eval_shape(lambda: self.build(CountedRngs(0)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields and the family as JSON can hold them; see `models.from_dict`."""
+        """Returns the family and the fields for JSON; `models.from_dict` is the inverse."""
         return {"family": type(self).__name__, **dataclasses.asdict(self)}
 
 
 @struct.dataclass
 class Outputs:
-    """What a model returns in training: unnormalised logits, float32.
+    """Unnormalised logits of all heads, float32, which a model returns in training.
 
     Attributes:
-      logits: [B, C], from the class token or, in Swin, from the mean of all tokens.
-      distilled: [B, C], from the distillation token; None without one.
-      dense: [B, N, C], from each patch token; None without a dense head.
+      logits: logits [B, C] of the class token or, in Swin, of the mean of all tokens.
+      distilled: logits [B, C] of the distillation token; None without one.
+      dense: logits [B, N, C] of each patch token; None without a dense head.
     """
 
     logits: jax.Array
@@ -212,14 +212,14 @@ class Model(nnx.Module):
     [B, C]; after `model.train()`, `model(images, key)` returns `Outputs`.
 
     A family's constructor sets the attributes below; the family defines `to_tokens`, `classify`
-    and, where something is done to the tokens between blocks, `before_blocks`.
+    and, where the tokens change between blocks, `before_blocks`.
 
     Attributes:
-      config: what the model was made from.
-      deterministic: whether it is in evaluation mode.
-      patch_embed: from images to patch tokens.
-      blocks: one per layer, in order.
-      norm: the LayerNorm after the last.
+      config: configuration that the model was created from.
+      deterministic: whether the model is in evaluation mode.
+      patch_embed: embedding of images as patch tokens.
+      blocks: blocks of the model, one per layer, in order.
+      norm: LayerNorm after the last block.
     """
 
     config: ModelConfig
@@ -235,7 +235,7 @@ class Model(nnx.Module):
         """Classifies images.
 
         Args:
-          images: [B, height, width, 3] float, normalised.
+          images: normalised images [B, height, width, 3], float.
           key: a random key for drop path; needed in train mode when the rate is above 0.
 
         Returns:
@@ -245,7 +245,7 @@ class Model(nnx.Module):
         return outputs.evaluation_logits() if self.deterministic else outputs
 
     def outputs(self, images: jax.Array, key: jax.Array | None = None) -> Outputs:
-        """Returns the logits of all heads, in either mode; arguments as in a call."""
+        """Returns the logits of all heads, in either mode; arguments as in `__call__`."""
         return self.classify(self.encode(self.embed(images), key))
 
     def embed(self, images: jax.Array) -> jax.Array:
@@ -263,26 +263,26 @@ class Model(nnx.Module):
         return self.norm(self.through_blocks(patches, key).x)
 
     def through_blocks(self, patches: jax.Array, key: jax.Array | None = None) -> Tokens:
-        """Returns the tokens that leave the last block, of patch tokens [B, h, w, D]."""
+        """Maps patch tokens [B, h, w, D] through all blocks to the tokens that leave the last."""
         if self.config.scan:
             kinds = [nnx.graphdef(block) for block in self.blocks]
             segments = find_segments(kinds, starts=self.before_blocks)
         else:
-            segments = self._layers()
+            segments = self._single_layers()
         *_, last = self._states(segments, patches, key)
         return last
 
     def hidden_states(self, patches: jax.Array) -> Iterator[Tokens]:
         """Yields the tokens that enter each block, then those that leave the last."""
-        return self._states(self._layers(), patches, None)
+        return self._states(self._single_layers(), patches, None)
 
     def to_tokens(self, patches: jax.Array) -> Tokens:
-        """Makes patch tokens [B, h, w, D] those that enter the first block."""
+        """Maps patch tokens [B, h, w, D] to the tokens that enter the first block."""
         raise NotImplementedError
 
     @property
     def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """What happens to the tokens between two blocks, by the layer of the second."""
+        """Functions that change the tokens between two blocks, by the layer of the second block."""
         # No method: `nnx.tabulate` runs those under `jax.jit`, which can return arrays alone.
         return {}
 
@@ -291,7 +291,7 @@ class Model(nnx.Module):
         raise NotImplementedError
 
     def attention_maps(self, images: jax.Array) -> list[AttentionMap]:
-        """Returns each layer's attention on images, float32."""
+        """Returns each layer's attention on images [B, height, width, 3], float32."""
         states = self.hidden_states(self.embed(images))
         return [
             AttentionMap(
@@ -302,7 +302,8 @@ class Model(nnx.Module):
             for block, state in zip(self.blocks, states, strict=False)
         ]
 
-    def _layers(self) -> list[Segment]:
+    def _single_layers(self) -> list[Segment]:
+        """Returns a segment for each layer, for a model that runs without loops."""
         return [Segment(layer) for layer in range(len(self.blocks))]
 
     def _states(
@@ -319,18 +320,18 @@ class Model(nnx.Module):
             if segment.start in before_blocks:
                 tokens = before_blocks[segment.start](tokens)
             yield tokens
-            tokens = self._through(segment, tokens, key)
+            tokens = self._apply_segment(segment, tokens, key)
         yield tokens
 
-    def _through(self, segment: Segment, tokens: Tokens, key: jax.Array | None) -> Tokens:
-        """Takes tokens through a segment; `key` draws the drop path of all layers, if any."""
+    def _apply_segment(self, segment: Segment, tokens: Tokens, key: jax.Array | None) -> Tokens:
+        """Maps tokens through the blocks of a segment; `key` draws the drop path of all layers."""
         rates = self.config.drop_path_per_layer()
 
         def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
-            of_layer = None if key is None else jax.random.fold_in(key, layer)
-            return block(x, tokens.grid, tokens.num_prefix, of_layer, rate)
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            return block(x, tokens.grid, tokens.num_prefix, layer_key, rate)
 
-        x = loop.through(
+        x = loop.apply_blocks(
             [self.blocks[layer] for layer in segment.layers],
             call,
             tokens.x,

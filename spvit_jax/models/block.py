@@ -17,11 +17,11 @@ from spvit_jax.models.spatial import Grid
 class Block(nnx.Module):
     """Attention, MLP and, for SP-ViT, a position convolution.
 
-    What kind of attention it is, is decided by who creates the block.
+    The kind of attention is up to the caller of the constructor.
 
     Attributes:
-      residual_dtype: of the tokens that it takes and returns: that of the computation, but float32
-        at least with LayerScale, whose first branches a bfloat16 sum would round away. Elsewhere
+      residual_dtype: dtype of the tokens between blocks: that of the computation, but float32 at
+        least with LayerScale, whose first branches a bfloat16 sum would round away. Elsewhere
         it would cost memory traffic for nothing.
     """
 
@@ -41,15 +41,15 @@ class Block(nnx.Module):
         """Creates the block.
 
         Args:
-          dim: D.
-          make_attention: makes the attention, on D channels.
+          dim: channels D.
+          make_attention: returns the attention module, on D channels.
           mlp_ratio: hidden width of the MLP over D.
           norm_eps: epsilon of LayerNorm.
-          skip_lam: residual branches are divided by this (LV-ViT).
+          skip_lam: divisor of the residual branches (LV-ViT).
           layer_scale: initial value of LayerScale; None is without.
-          pos_conv: whether a position convolution follows.
-          dtype: of the computation.
-          rngs: for the initial weights.
+          pos_conv: whether a position convolution follows (SP-ViT).
+          dtype: dtype of the computation.
+          rngs: random keys of the initial weights.
         """
         norm = functools.partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, rngs=rngs)
         self.norm1 = norm(dim)

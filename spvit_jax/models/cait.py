@@ -1,7 +1,7 @@
-"""CaiT: patches talk among themselves, then the class token alone asks (arXiv 2103.17239).
+"""CaiT: self-attention among patches, then attention of the class token (arXiv 2103.17239).
 
-Its self-attention is the project's one equation with talking heads, so that MaiT's masked heads
-are an argument here as elsewhere. Named settings are in the registry, `spvit_jax.models`.
+Its self-attention is that of `attention.py` with talking heads, so that MaiT's masked heads are an
+argument here as elsewhere. Named settings are in the registry, `spvit_jax.models`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from spvit_jax.models.layers import LayerScale, Mlp, PatchEmbed
 
 @dataclasses.dataclass(frozen=True)
 class CaiTConfig(ModelConfig):
-    """Everything that defines a CaiT.
+    """Configuration of a CaiT.
 
     `drop_path` is the rate of all layers of patches alike; class attention has none.
-    `masked_heads` is about the layers of patches.
+    `masked_heads` applies to the layers of patches.
     """
 
-    depth: int = 24  # layers of patches alone
+    depth: int = 24  # layers of self-attention among patches
     class_layers: int = 2  # layers of class attention after them
     layer_scale: float = 1e-5  # initial value of LayerScale
 
@@ -41,7 +41,7 @@ class CaiTConfig(ModelConfig):
         return [self.drop_path] * self.depth
 
     def build(self, rngs: nnx.Rngs) -> CaiT:
-        """Creates the model."""
+        """Creates the model of this configuration."""
         return CaiT(self, rngs=rngs)
 
 
@@ -70,7 +70,7 @@ class ClassAttention(nnx.Module):
 
 
 class ClassBlock(nnx.Module):
-    """Class attention and an MLP, which change the class token and leave the patches alone."""
+    """Block of class attention and an MLP, which update the class token and not the patches."""
 
     def __init__(self, config: CaiTConfig, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, jnp.dtype(config.dtype)
@@ -86,13 +86,13 @@ class ClassBlock(nnx.Module):
 
     def __call__(self, token: jax.Array, patches: jax.Array) -> jax.Array:
         """Maps the class token [B, 1, D], given the patches [B, N, D]."""
-        both = jnp.concatenate([token, patches], axis=1)
-        token = token + self.scale1(self.attn(self.norm1(both)))
+        tokens = jnp.concatenate([token, patches], axis=1)
+        token = token + self.scale1(self.attn(self.norm1(tokens)))
         return token + self.scale2(self.mlp(self.norm2(token)))
 
 
 class CaiT(Model):
-    """Layers of patches alone, then layers of class attention."""
+    """CaiT model: layers of self-attention among patches, then layers of class attention."""
 
     config: CaiTConfig
 

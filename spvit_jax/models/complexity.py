@@ -1,4 +1,4 @@
-"""What a model costs: its parameters and its multiply-adds, counted from the traced program."""
+"""Numbers of a model's parameters and multiply-adds, counted from the traced program."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from spvit_jax.models.base import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Returns the exact number of trainable parameters, without allocating any."""
+    """Returns the exact number of a model's trainable parameters, without allocating any."""
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(config.abstract(), nnx.Param)))
 
 
 def count_macs(config: ModelConfig) -> int:
-    """Returns the multiply-adds of convolutions and matrix products for one image."""
+    """Returns the multiply-adds of a model's convolutions and matrix products for one image."""
     graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
 
 
 def macs_of(function: Callable[..., Any], *args: Any) -> int:
-    """Returns the multiply-adds of a function's products, traced on arrays or their shapes."""
+    """Returns the multiply-adds of a function's convolutions and matrix products.
+
+    Args:
+      function: function that JAX can trace.
+      *args: its arguments, arrays or their shapes.
+    """
     return _macs_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 

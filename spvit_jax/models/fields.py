@@ -1,6 +1,6 @@
-"""What values the fields of a model's configuration may have, wherever they come from.
+"""Types and ranges of the fields of a model's configuration.
 
-Python, the command line, a checkpoint or a file of somebody else: all go through `check_fields`.
+Values from Python, the command line, a checkpoint or a foreign file all go through `check_fields`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from spvit_jax.errors import InputError
 
-# The least and the most of each number, also where a field holds several. Far beyond what anybody
-# trains; damaged settings are told here rather than by a shape or a loss that is not a number.
+# Smallest and largest value of each number, also where a field holds several. Far beyond what
+# anybody trains: damaged settings fail here rather than by a shape or a loss that is no number.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "image_size": (1, 2**14),
     "num_classes": (1, 10**7),
@@ -47,10 +47,10 @@ _NAMES = {
 
 
 def check_fields(config: Any) -> None:
-    """Compares a configuration's fields with their types and ranges.
+    """Checks the fields of a configuration against their types and ranges.
 
     Args:
-      config: a dataclass; its annotations are the types.
+      config: dataclass, whose annotations are the types.
 
     Raises:
       InputError: a field has a value of another type, no finite number, or one out of its range.
@@ -61,7 +61,7 @@ def check_fields(config: Any) -> None:
             raise InputError(f"{name} is {reprlib.repr(value)}; expected {_describe(hint)}")
         numbers = value if isinstance(value, tuple) else (value,)
         least, most = _RANGES.get(name, (-math.inf, math.inf))
-        if not all(least <= one <= most for one in numbers if isinstance(one, int | float)):
+        if not all(least <= item <= most for item in numbers if isinstance(item, int | float)):
             raise InputError(
                 f"{name} is {reprlib.repr(value)}; expected {_describe(hint)} of at least "
                 f"{least:g} and at most {most:g}"
@@ -69,7 +69,7 @@ def check_fields(config: Any) -> None:
 
 
 def read_field(name: str, value: Any) -> Any:
-    """Returns a field's value as configurations hold it.
+    """Returns the value of a configuration's field, converted to its Python type.
 
     Lists, which JSON has in the place of tuples, become tuples, NumPy's numbers Python's, and an
     image size such as "160x256" its numbers.
@@ -85,10 +85,10 @@ def read_field(name: str, value: Any) -> Any:
 
 
 def read_image_size(text: str) -> int | tuple[int, int]:
-    """Returns the pixels of "384", or the height and width of "160x256".
+    """Returns the image size that a text gives: "384" pixels, or "160x256" (height and width).
 
     Raises:
-      InputError: it cannot be read.
+      InputError: the text cannot be read.
     """
     match = re.fullmatch(r"(\d{1,6})(?:[x×,](\d{1,6}))?", text)
     if match is None:
@@ -101,7 +101,7 @@ def read_image_size(text: str) -> int | tuple[int, int]:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Returns whether a value is of a type, as far as configurations have them."""
+    """Returns whether a value is of a type, for the types that configurations have."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, arg) for arg in args)
@@ -118,7 +118,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """Returns a type in words."""
+    """Returns the words for a type in an error."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         *first, last = map(_describe, args)

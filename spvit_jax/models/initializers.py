@@ -1,4 +1,4 @@
-"""How the papers' PyTorch code initialises weights, where flax's defaults differ.
+"""Initializers of the papers' PyTorch code, where flax's defaults differ.
 
 timm's "truncated normal 0.02" cuts at ±2, a hundred standard deviations away: it is a normal
 distribution. Convolutions are left at torch's default, uniform in ±1/√fan_in.
@@ -14,7 +14,7 @@ from flax import nnx
 
 
 class CountedRngs(nnx.Rngs):
-    """The keys of `nnx.Rngs` for parameters, counted by Python.
+    """Keys of `nnx.Rngs` for parameters, counted in Python, so that tracing is fast.
 
     `nnx.Rngs` counts in arrays. Where JAX traces the creation of a model, Flax 0.12 asks each of
     them for its sharding, and JAX 0.10 looks through the whole trace for an answer: in all it takes
@@ -26,7 +26,7 @@ class CountedRngs(nnx.Rngs):
         self.used = 0
 
     def params(self) -> jax.Array:
-        """Returns the next key."""
+        """Returns the next key for a parameter."""
         key = jax.random.fold_in(self.default.key.get_value(), self.used)
         self.used += 1
         return key

@@ -1,4 +1,4 @@
-"""The parts of a block that are not attention: MLP, drop path, LayerScale, patch embeddings.
+"""Layers other than attention: MLP, drop path, LayerScale, patch embeddings, convolutions.
 
 Images and feature maps are channels last. Parameters are float32; `dtype` is the compute dtype.
 Attention is in `attention.py`, the blocks themselves in the files of the families.
@@ -17,7 +17,7 @@ from spvit_jax.models.spatial import Grid
 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """Returns the dtype of sums and softmaxes over `dtype`: float32, or float64 for itself."""
+    """Returns the dtype of sums and softmaxes over `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -49,9 +49,9 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> j
     """Drops whole residual branches per example (stochastic depth, arXiv 1603.09382).
 
     Args:
-      x: a branch's output [B, ...].
-      rate: the probability with which an example loses the branch, in [0, 1).
-      key: a random key, or None to keep every branch (evaluation).
+      x: output of a residual branch [B, ...].
+      rate: probability with which an example loses the branch, in [0, 1).
+      key: random key, or None to keep every branch (evaluation).
 
     Returns:
       x with dropped examples set to 0 and the others divided by 1 - rate.
@@ -59,8 +59,8 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> j
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    kept_share = jnp.asarray(1 - rate, accumulation_dtype(x.dtype))
-    return jnp.where(keep, x / kept_share, 0).astype(x.dtype)
+    keep_rate = jnp.asarray(1 - rate, accumulation_dtype(x.dtype))
+    return jnp.where(keep, x / keep_rate, 0).astype(x.dtype)
 
 
 class PatchEmbed(nnx.Module):
@@ -74,9 +74,9 @@ class PatchEmbed(nnx.Module):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """BatchNorm that in training normalises groups of images by themselves, as GPUs do theirs.
+    """BatchNorm that in training normalises each group of images by itself, as each GPU does.
 
-    The running statistics are the mean of what the groups' own would be. Those of torch's DDP,
+    The running statistics are the mean of those that each group would give. Those of torch's DDP,
     without SyncBatchNorm, are the first GPU's: the same in expectation, with more noise.
     """
 
@@ -84,18 +84,18 @@ class BatchNorm(nnx.BatchNorm):
         """Creates the layer.
 
         Args:
-          channels: C.
-          group: images that follow each other in the batch and share their statistics; None or
-            more than there are is all of them. It must divide the batch.
-          dtype: of the computation.
-          rngs: as for `nnx.BatchNorm`.
+          channels: number of channels C.
+          group: number of consecutive images in the batch that have common statistics; None, or
+            more than the batch has, is all of them. It must divide the batch.
+          dtype: dtype of the computation.
+          rngs: random keys of the initial weights.
         """
         # flax's momentum is one minus torch's.
         super().__init__(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.group = group
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # without its mask
-        """Normalises [B, h, w, C]."""
+        """Normalises feature maps [B, h, w, C]."""
         if self.use_running_average or self.group is None or len(x) <= self.group:
             return super().__call__(x)
         graphdef, state = nnx.split(self)
@@ -106,7 +106,7 @@ class BatchNorm(nnx.BatchNorm):
 
         groups = x.reshape(-1, self.group, *x.shape[1:])
         normalized, stats = jax.vmap(normalize)(groups)
-        nnx.update(self, jax.tree.map(lambda each: each.mean(axis=0), stats))
+        nnx.update(self, jax.tree.map(lambda stat: stat.mean(axis=0), stats))
         return normalized.reshape(x.shape)
 
 
@@ -153,12 +153,12 @@ class ConvStem(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(images)))
         x = jax.nn.relu(self.bn2(self.conv2(x)))
         x = jax.nn.relu(self.bn3(self.conv3(x)))
-        return self.proj(_apart(x) if self.proj.out_features % 256 == 128 else x)
+        return self.proj(_unfused_gradient(x) if self.proj.out_features % 256 == 128 else x)
 
 
 @jax.custom_vjp
-def _apart(x: jax.Array) -> jax.Array:
-    """Returns x; the gradient with respect to it is computed by itself, fused with nothing.
+def _unfused_gradient(x: jax.Array) -> jax.Array:
+    """Returns x; XLA does not fuse the gradient with respect to it with what follows.
 
     libtpu 0.0.42.1 crashes on v6e, whose products are 256 wide, where it fuses BatchNorm's backward
     pass with that of a projection to an odd multiple of 128 channels, such as SP-ViT-S's 384.
@@ -166,11 +166,11 @@ def _apart(x: jax.Array) -> jax.Array:
     return x
 
 
-_apart.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
+_unfused_gradient.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
 
 
 def _projection(channels: int, dim: int, size: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A convolution whose stride is its kernel: one linear map per patch of size × size."""
+    """Creates a convolution whose stride is its kernel: a linear map per patch of size × size."""
     return nnx.Conv(
         channels,
         dim,

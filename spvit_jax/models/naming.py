@@ -1,4 +1,4 @@
-"""How the arrays of a model, or of any pytree, are named: `blocks/3/attn/qkv/kernel`."""
+"""Names of the arrays of a model, or of any pytree, such as `blocks/3/attn/qkv/kernel`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from spvit_jax.models.base import Model, ModelConfig
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """Returns a leaf's name, such as `model/params/blocks/3/attn/prior/w1`."""
+    """Returns the name of a leaf at its path, such as `model/params/blocks/3/attn/prior/w1`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree under their names."""
+    """Returns the leaves of a pytree by name."""
     return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -28,17 +28,17 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def arrays_of(model: Model) -> dict[str, Any]:
-    """Returns a model's parameters and running statistics under their names."""
+    """Returns a model's parameters and running statistics by name."""
     return named_leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
 
 
 def set_arrays(model: Model, arrays: Mapping[str, Any]) -> None:
-    """Puts arrays into a model, under the names and with the shapes of `arrays_of`."""
+    """Replaces a model's arrays by others of the names and shapes of `arrays_of`."""
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     nnx.update(model, map_named(lambda name, _: arrays[name], state))
 
 
 @functools.lru_cache(maxsize=4)
 def shapes_of(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Returns what `arrays_of` would of the model, as shapes; allocates nothing."""
+    """Returns the shapes and dtypes of a model's `arrays_of`, by name; allocates nothing."""
     return arrays_of(config.abstract())

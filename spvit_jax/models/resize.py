@@ -1,6 +1,6 @@
-"""One model's weights for another resolution: position embeddings and Swin's tables, resized.
+"""Resizes a model's weights to another resolution: position embeddings and Swin's bias tables.
 
-SP-ViT's learned gain is a function of the offset and needs nothing of the kind.
+SP-ViT's learned gain is a function of the offset and needs no resizing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from spvit_jax.models.naming import shapes_of
 from spvit_jax.models.spatial import Grid
 from spvit_jax.models.swin import SwinConfig
 
-_A = -0.75  # torch's cubic; jax.image.resize has -0.5
-HEADS = ("head", "dist_head", "dense_head")
-_SAY_SO = (
+_A = -0.75  # parameter of torch's cubic kernel; jax.image.resize has -0.5
+HEADS = ("head", "dist_head", "dense_head")  # names of classifier heads in any family
+_NEW_HEAD_ADVICE = (
     "to begin with a new head, say so (--num_classes of the convert command, "
     "config.init_new_head of training, new_head=True in Python)"
 )
@@ -78,26 +78,26 @@ def adapt(
     *,
     new_head: bool = False,
 ) -> dict[str, jax.Array]:
-    """Makes a model's weights those of the same model at another resolution or class count.
+    """Adapts a model's weights to another resolution or class count.
 
     Args:
-      arrays: of the source, as in `naming.arrays_of`; heads may be missing.
-      source: the model that the arrays are of.
-      target: the model to make; heads that are missing or have another number of classes are new,
-        as initialised.
-      where: what to call the source in an error.
+      arrays: arrays of the source, as in `naming.arrays_of`; heads may be missing.
+      source: configuration of the model that the arrays are of.
+      target: configuration of the model to adapt to; heads that are missing or have another number
+        of classes are new, as initialised.
+      where: name of the source, for an error.
       new_head: whether heads are new even with the same number of classes.
 
     Returns:
       Arrays with the names and shapes of the target.
 
     Raises:
-      InputError: the models differ in more than that.
+      InputError: the models differ in more than resolution and classes.
     """
     check_adaptable(source, target, where)
     shapes = {name: leaf.shape for name, leaf in shapes_of(target).items()}
 
-    def one(name: str, array: jax.Array) -> jax.Array:
+    def adapt_array(name: str, array: jax.Array) -> jax.Array:
         shape = shapes[name]
         if is_head(name) and (new_head or array.shape != shape):
             return _new_head(name, shape).astype(array.dtype)
@@ -108,13 +108,13 @@ def adapt(
             return resize_offset_table(array, shape)
         return array
 
-    adapted = {name: one(name, jnp.asarray(array)) for name, array in arrays.items()}
+    adapted = {name: adapt_array(name, jnp.asarray(array)) for name, array in arrays.items()}
     missing = {name for name in shapes.keys() - arrays.keys() if is_head(name)}
     return adapted | {name: _new_head(name, shapes[name]) for name in missing}
 
 
 def check_adaptable(source: ModelConfig, target: ModelConfig, where: str) -> None:
-    """Raises an `InputError` unless only resolution and classes differ."""
+    """Raises an `InputError` unless two models differ in resolution and classes alone."""
     changes: dict[str, Any] = {"image_size": target.image_size, "num_classes": target.num_classes}
     if isinstance(source, SwinConfig) and isinstance(target, SwinConfig):
         changes["window"] = target.window
@@ -129,23 +129,23 @@ def check_adaptable(source: ModelConfig, target: ModelConfig, where: str) -> Non
 def check_classes(
     source: ModelConfig, target: ModelConfig, where: str, *, may_replace: bool
 ) -> None:
-    """Raises an `InputError` if the classes differ and the head may not be replaced."""
+    """Raises an `InputError` if the class counts of two models differ and heads must be kept."""
     if source.num_classes != target.num_classes and not may_replace:
         raise InputError(
             f"{where} has a head of {source.num_classes} classes, and {target.num_classes} are "
-            f"asked for; {_SAY_SO}"
+            f"asked for; {_NEW_HEAD_ADVICE}"
         )
 
 
 def check_heads(missing: Collection[str], where: str, *, may_replace: bool) -> None:
-    """Raises an `InputError` if heads are missing and may not be new."""
+    """Raises an `InputError` if weights lack heads and no new ones are allowed."""
     if missing and not may_replace:
         names = ", ".join(sorted(missing))
-        raise InputError(f"{where} lacks the weights of {names}; {_SAY_SO}")
+        raise InputError(f"{where} lacks the weights of {names}; {_NEW_HEAD_ADVICE}")
 
 
 def is_head(name: str) -> bool:
-    """Returns whether an array is one of a classifier's."""
+    """Returns whether a name is that of an array of a classifier head."""
     return name.partition("/")[0] in HEADS
 
 

@@ -1,8 +1,8 @@
-"""What the gain G and the bias B of the one equation are: functions of where two patches lie.
+"""Gain G and bias B of attention, as functions of the offset between two patches.
 
 `SpatialPrior` is SP-ViT's learned gain, `LocalityMask` MaiT's neighbourhood, `RelativePositionBias`
-Swin's learned bias. They know the grid of patches and the number of prefix tokens because they are
-told, and never guess them. How G and B enter attention is in `attention.py`.
+Swin's learned bias. The grid of patches and the number of prefix tokens are arguments, and
+never guessed. How G and B enter attention is in `attention.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def offsets(grid: Grid) -> np.ndarray:
     """Returns the distinct offsets between two patches of a grid.
 
     Args:
-      grid: (h, w).
+      grid: rows and columns of patches (h, w).
 
     Returns:
       [2h-1, 2w-1, 2] float32 of (dx, dy) in whole patches; dy = row - (h-1), dx = column - (w-1).
@@ -35,10 +35,10 @@ def offsets(grid: Grid) -> np.ndarray:
 
 
 def _toeplitz_1d(table: jax.Array) -> jax.Array:
-    """Lays [..., 2n-1] out to T [..., n, n] with T[i, j] = table[j - i + n - 1].
+    """Expands a table [..., 2n-1] to T [..., n, n] with T[i, j] = table[j - i + n - 1].
 
     Repeating the table with a period of 2n and reading it in rows of 2n-1 moves each row one
-    place to the right: the layout costs one copy, and its gradient one sum, without a gather.
+    place to the right: the expansion costs one copy, and its gradient one sum, without a gather.
     """
     n = (table.shape[-1] + 1) // 2
     lead = table.shape[:-1]
@@ -48,7 +48,7 @@ def _toeplitz_1d(table: jax.Array) -> jax.Array:
 
 
 def toeplitz(table: jax.Array) -> jax.Array:
-    """Lays a function of the offset out to a matrix over pairs of patches, exactly.
+    """Expands a table over offsets to a matrix over pairs of patches, exactly.
 
     Args:
       table: [H, 2h-1, 2w-1], the value at each offset in the order of `offsets`.
@@ -81,11 +81,11 @@ class SpatialPrior(nnx.Module):
         """Creates the prior.
 
         Args:
-          num_heads: H.
-          head_dim: d, the width of the network of one head.
+          num_heads: number of heads H.
+          head_dim: width d of the network of one head.
           extent: if given, offsets are rescaled so that any grid spans what a grid of
             extent × extent spans; None leaves them raw, as in the paper.
-          rngs: for w1.
+          rngs: random keys of the initial w1.
         """
         self.extent = extent
         self.w1 = nnx.Param(linear_kernel(rngs.params(), (num_heads, head_dim, 2), jnp.float32))
@@ -129,11 +129,11 @@ class RelativePositionBias(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LocalityMask:
-    """MaiT's mask: the first heads of a layer see a neighbourhood of each patch.
+    """MaiT's mask, which restricts the first heads of a layer to a neighbourhood of each patch.
 
     Attributes:
-      num_masked: how many heads are masked, heads 0 to num_masked - 1.
-      radius: (rows, columns) on each side; (1, 1) is the 3×3 neighbourhood, (1, 2) is 3×5.
+      num_masked: number of masked heads, which are heads 0 to num_masked - 1.
+      radius: radius of the neighbourhood (rows, columns); (1, 1) is 3×3 patches, (1, 2) is 3×5.
       kind: "soft" sets the scores outside to 0 (the paper), "hard" to -inf (its fast variant).
     """
 

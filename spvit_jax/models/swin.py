@@ -1,7 +1,7 @@
-"""Swin: attention inside windows that shift, on grids that shrink (arXiv 2103.14030).
+"""Swin: attention inside shifted windows, on a pyramid of grids (arXiv 2103.14030).
 
-A window is the grid of the project's one equation: its bias B is learned per offset, and -inf
-across the seam of a shifted window; MaiT's masked heads are an argument here as elsewhere. Named
+A window is the grid of the attention in `attention.py`: its bias B is learned per offset, and -inf
+between the parts of a shifted window; MaiT's masked heads are an argument here as elsewhere. Named
 settings are in the registry, `spvit_jax.models`.
 """
 
@@ -28,7 +28,7 @@ from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
 
 @dataclasses.dataclass(frozen=True)
 class SwinConfig(ModelConfig):
-    """Everything that defines a Swin.
+    """Configuration of a Swin.
 
     `dim` and `num_heads` are those of the first stage and double with each; `drop_path` is the
     rate at the last layer, growing linearly from 0 at the first; `masked_heads` counts layers
@@ -69,7 +69,7 @@ class SwinConfig(ModelConfig):
         ]
 
     def build(self, rngs: nnx.Rngs) -> Swin:
-        """Creates the model."""
+        """Creates the model of this configuration."""
         return Swin(self, rngs=rngs)
 
 
@@ -78,11 +78,12 @@ class WindowAttention(Attention):
 
     Along an axis on which the grid is no larger than the window, one window spans the grid and
     there is no shift. A grid that windows do not divide is shifted, then padded with zeros, which
-    take part; the seam is that of the padded grid (as in timm, so that its weights give the same).
+    take part in attention; shifted windows wrap around the padded grid (as in timm, so that its
+    weights give the same).
 
     Attributes:
       window: (rows, columns) of a window in patches.
-      shift: (rows, columns) by which the windows are moved.
+      shift: (rows, columns) by which the windows are shifted.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class WindowAttention(Attention):
         """Returns B [windows, H, n, n] of a grid's windows of n patches."""
         hard = super().bias(self.window, num_prefix)
         bias = self.position() if hard is None else self.position() + hard
-        seam = _seam(_padded(grid, self.window), self.window, self.shift)
-        return bias + jnp.asarray(seam, bias.dtype)[:, None]
+        shift_bias = _shift_bias(_padded(grid, self.window), self.window, self.shift)
+        return bias + jnp.asarray(shift_bias, bias.dtype)[:, None]
 
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid of a window."""
@@ -124,27 +125,27 @@ class WindowAttention(Attention):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
-        windows = self._cut(x, grid)
+        windows = self._partition(x, grid)
         q, k, v = self._qkv(windows)
         out = attention(q, k, v, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
-        return self._undo_cut(self.proj(out.reshape(windows.shape)), grid)
+        return self._merge_windows(self.proj(out.reshape(windows.shape)), grid)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32.
 
-        A row of padding, which is no patch and asks nothing, is 0.
+        Rows whose query is padding, and no patch, are 0.
         """
-        q, k, _ = self._qkv(self._cut(x, grid))
+        q, k, _ = self._qkv(self._partition(x, grid))
         weights = attention_weights(q, k, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
-        is_patch = self._cut(jnp.ones((*x.shape[:2], 1), weights.dtype), grid)
+        is_patch = self._partition(jnp.ones((*x.shape[:2], 1), weights.dtype), grid)
         return weights * is_patch[:, None]
 
     def _bias_of_batch(self, batch: int, grid: Grid) -> jax.Array:
         bias = self.bias(grid)
         return jnp.broadcast_to(bias, (batch, *bias.shape)).reshape(-1, *bias.shape[1:])
 
-    def _cut(self, x: jax.Array, grid: Grid) -> jax.Array:
-        """Cuts tokens [B, N, D] to windows [B·windows, n, D]."""
+    def _partition(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """Partitions tokens [B, N, D] into windows [B·windows, n, D]."""
         (h, w), (rows, columns), dim = grid, self.window, x.shape[-1]
         height, width = _padded(grid, self.window)
         image = x.reshape(-1, h, w, dim)
@@ -153,7 +154,8 @@ class WindowAttention(Attention):
         cut = image.reshape(-1, height // rows, rows, width // columns, columns, dim)
         return cut.swapaxes(2, 3).reshape(-1, rows * columns, dim)
 
-    def _undo_cut(self, windows: jax.Array, grid: Grid) -> jax.Array:
+    def _merge_windows(self, windows: jax.Array, grid: Grid) -> jax.Array:
+        """Merges windows [B·windows, n, D] into tokens [B, N, D]; inverse of `_partition`."""
         (h, w), (rows, columns), dim = grid, self.window, windows.shape[-1]
         height, width = _padded(grid, self.window)
         cut = windows.reshape(-1, height // rows, width // columns, rows, columns, dim)
@@ -162,7 +164,7 @@ class WindowAttention(Attention):
 
 
 class PatchMerging(nnx.Module):
-    """Halves the grid: the channels of 2×2 patches, normalised, become twice as many as of one.
+    """Halves the grid: 2×2 patches of D channels become one of 2D, by LayerNorm and a linear map.
 
     An odd grid is padded with zeros.
     """
@@ -180,15 +182,15 @@ class PatchMerging(nnx.Module):
         image = jnp.pad(x.reshape(batch, h, w, dim), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
         h, w = -(-h // 2), -(-w // 2)
         # Four patches side by side, in the order of the authors: down first, then right.
-        fours = image.reshape(batch, h, 2, w, 2, dim).transpose(0, 1, 3, 4, 2, 5)
-        fours = fours.reshape(batch, h * w, 4 * dim)
-        return Tokens(self.reduction(self.norm(fours)), (h, w), 0)
+        merged = image.reshape(batch, h, 2, w, 2, dim).transpose(0, 1, 3, 4, 2, 5)
+        merged = merged.reshape(batch, h * w, 4 * dim)
+        return Tokens(self.reduction(self.norm(merged)), (h, w), 0)
 
 
 class Swin(Model):
-    """Stages of window attention on grids of 1, 1/2, 1/4 and 1/8 of the first one's side.
+    """Swin model: stages of window attention, each on half the grid of the one before.
 
-    `blocks` are those of all stages in order; `merges[s]` stands between stages s and s + 1.
+    `blocks` are those of all stages in order; `merges[s]` is between stages s and s + 1.
     """
 
     config: SwinConfig
@@ -222,7 +224,7 @@ class Swin(Model):
 
     @property
     def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Where the grid is halved: before the first layer of each stage but the first."""
+        """Patch merging before the first layer of each stage but the first, by that layer."""
         starts = itertools.accumulate(self.config.depths[:-1])
         return dict(zip(starts, self.merges, strict=True))
 
@@ -257,19 +259,19 @@ def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.
 
 
 def _padded(grid: Grid, window: Grid) -> Grid:
-    """Returns the smallest grid from `grid` on that windows divide."""
+    """Returns the smallest grid that contains `grid` and that windows divide."""
     return -(-grid[0] // window[0]) * window[0], -(-grid[1] // window[1]) * window[1]
 
 
-def _seam(grid: Grid, window: Grid, shift: tuple[int, int]) -> np.ndarray:
+def _shift_bias(grid: Grid, window: Grid, shift: tuple[int, int]) -> np.ndarray:
     """Returns the bias of shifted windows: -inf between patches that were not neighbours.
 
-    Moving the windows wraps the first `shift` rows and columns around to the end.
+    Shifting the windows wraps the first `shift` rows and columns around to the end.
 
     Args:
-      grid: (h, w), a multiple of the window.
-      window: (rows, columns).
-      shift: (rows, columns); (0, 0) has no seam.
+      grid: rows and columns of patches (h, w), multiples of the window's.
+      window: (rows, columns) of a window in patches.
+      shift: (rows, columns) by which the windows are shifted; (0, 0) gives zeros.
 
     Returns:
       [windows, n, n] with n patches in a window.

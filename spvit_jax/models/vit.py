@@ -1,6 +1,6 @@
-"""The columnar family from one block: DeiT, LV-ViT, SP-ViT and MaiT.
+"""Isotropic vision transformers from one kind of block: DeiT, LV-ViT, SP-ViT and MaiT.
 
-`ViTConfig` holds every choice in which they differ, so that any of them combines with any other
+`ViTConfig` has a field for each of their differences, so that any combines with any other
 (a masked SP-ViT, a DeiT with LayerScale). Their named settings are in the registry,
 `spvit_jax.models`.
 """
@@ -25,7 +25,7 @@ from spvit_jax.models.layers import ConvStem, PatchEmbed
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(ModelConfig):
-    """Everything that defines a columnar model.
+    """Configuration of an isotropic vision transformer: DeiT, LV-ViT, SP-ViT or MaiT.
 
     `drop_path` is the rate at the last layer, growing linearly from 0 at the first.
     """
@@ -33,18 +33,18 @@ class ViTConfig(ModelConfig):
     depth: int = 12  # number of blocks
     stem_width: int = 0  # channels of LV-ViT's convolutional stem; 0 is a linear embedding
     batch_norm_group: int | None = None  # images that the stem normalises together in training
-    skip_lam: float = 1.0  # each residual branch is divided by this
+    skip_lam: float = 1.0  # divisor of each residual branch
     layer_scale: float | None = None  # initial value of LayerScale; None is without
 
     # SP-ViT's spatial structure.
-    spatial_layers: int = 0  # the first layers use SP-SA
-    class_token_layer: int | None = None  # which the class token enters; None: spatial_layers
-    prior_extent: int | None = None  # grid side to which offsets are rescaled; None is raw
-    pos_conv: bool = False  # a position convolution after each block
+    spatial_layers: int = 0  # number of layers with SP-SA, the first ones
+    class_token_layer: int | None = None  # layer that the class token enters; None: spatial_layers
+    prior_extent: int | None = None  # grid side to which offsets are rescaled; None: unscaled
+    pos_conv: bool = False  # whether a position convolution follows each block
 
     # Heads.
-    dense_head: bool = False  # LV-ViT's classifier on every patch token
-    distilled: bool = False  # DeiT's second prefix token with a head of its own
+    dense_head: bool = False  # whether LV-ViT's classifier of every patch token is there
+    distilled: bool = False  # whether DeiT's distillation token is there, with a head of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,18 +72,18 @@ class ViTConfig(ModelConfig):
 
     @property
     def class_token_block(self) -> int:
-        """The layer that the prefix tokens enter; 0 gives them a position."""
+        """Layer that the prefix tokens enter; they have a position embedding if it is 0."""
         token = self.class_token_layer
         return self.spatial_layers if token is None else token
 
     @property
     def num_prefix(self) -> int:
-        """P: the class token and, if distilled, the distillation token."""
+        """Number P of prefix tokens: the class token and, if distilled, the distillation token."""
         return 2 if self.distilled else 1
 
     @property
     def num_positions(self) -> int:
-        """Rows of the position embedding: patches, and prefix tokens that are there at once."""
+        """Rows of the position embedding: patches, and prefix tokens if they enter layer 0."""
         return self.grid[0] * self.grid[1] + (0 if self.class_token_block else self.num_prefix)
 
     def heads_per_layer(self) -> list[int]:
@@ -91,12 +91,12 @@ class ViTConfig(ModelConfig):
         return [self.num_heads] * self.depth
 
     def build(self, rngs: nnx.Rngs) -> ViT:
-        """Creates the model."""
+        """Creates the model of this configuration."""
         return ViT(self, rngs=rngs)
 
 
 class ViT(Model):
-    """A columnar vision transformer: prefix tokens and one grid of patches, all the way."""
+    """Isotropic vision transformer: prefix tokens and the same grid of patches in all layers."""
 
     config: ViTConfig
 
@@ -131,7 +131,7 @@ class ViT(Model):
         self.eval()
 
     def to_tokens(self, patches: jax.Array) -> Tokens:
-        """Adds positions to patch tokens [B, h, w, D]; prefix tokens that are there have one."""
+        """Adds positions to patch tokens [B, h, w, D], and to prefix tokens that enter layer 0."""
         batch, h, w, dim = patches.shape
         tokens = Tokens(patches.reshape(batch, h * w, dim), (h, w), 0)
         if not self.config.class_token_block:
@@ -140,7 +140,7 @@ class ViT(Model):
 
     @property
     def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Prefix tokens that join before a later block have no position, as in SP-ViT."""
+        """Prepending of the prefix tokens by layer, if not 0: without position, as in SP-ViT."""
         layer = self.config.class_token_block
         return {layer: self._prepend_prefix} if layer else {}
 
