@@ -4,9 +4,9 @@
 
 A test that no mistake can fail proves nothing. Works in a copy of the tree, in which the tests must
 pass before anything is changed; the checkout itself is never touched. PATTERN, a regular
-expression, chooses by file and mistake; the list is `tests/mutants.py`. Exits with 1 if a mistake
-survives, or if the text that it replaces is no longer there exactly once. Takes about a quarter of
-an hour on two cores, and needs what the tests need (`requirements-test.txt`).
+expression, chooses by file and mistake; the list is `tests/helpers/mutants.py`. Exits with 1 if a
+mistake survives, or if the text that it replaces is no longer there exactly once. Takes about a
+quarter of an hour on two cores, and needs what the tests need (`requirements-test.txt`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from tests.mutants import MUTANTS, Mutant
+from tests.helpers.mutants import MUTANTS, Mutant
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 _TREE = ("spvit_jax", "configs", "benchmarks", "tests", "pyproject.toml")

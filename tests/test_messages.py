@@ -18,7 +18,7 @@ from spvit_jax.training import checkpoint
 from spvit_jax.training.state import Variables
 from tests.helpers import REPOSITORY
 from tests.helpers.commands import command, newest_step, run
-from tests.test_train import tiny
+from tests.helpers.configs import tiny
 
 TINY = ["--config=configs/digits.py:vit", "--config.model.depth=1", "--config.model.dim=12"]
 

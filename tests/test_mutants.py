@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import mutants
 from tests.helpers import REPOSITORY
-from tests.mutants import MUTANTS, Mutant
+from tests.helpers.mutants import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

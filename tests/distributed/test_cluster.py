@@ -117,12 +117,6 @@ def assert_same_bits(workdir, reference):
 
 
 @pytest.fixture(scope="module")
-def environment(environment):
-    """What is compiled runs for seconds: a third of the time goes without optimising it."""
-    return environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
-@pytest.fixture(scope="module")
 def alone(environment, tmp_path_factory):
     """A run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.launch.conftest import COMMAND, verbs
+from tests.helpers.pod import COMMAND, verbs
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.launch.conftest import COMMAND, verbs
+from tests.helpers.pod import COMMAND, verbs
 
 
 def test_run_starts_the_same_command_on_all_workers_and_keeps_their_logs(pod):

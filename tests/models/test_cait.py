@@ -57,10 +57,16 @@ def test_talking_heads_mix_scores_then_weights_and_masks_act_between(kind):
 def test_the_class_token_does_not_change_the_patches():
     small = {"image_size": 32, "dim": 12, "num_heads": 3, "depth": 1, "num_classes": 5}
     variables = random_variables("cait_xxs24", **small)
-    model = variables.model()
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    tokens = model.encode(model.embed(images))
-    *_, last = model.hidden_states(model.embed(images))
+
+    @jax.jit
+    def parts(variables):
+        model = variables.model()
+        tokens = model.encode(model.embed(images))
+        *_, last = model.hidden_states(model.embed(images))
+        return tokens, model.norm(last.x), model.head(tokens[:, 0])
+
+    tokens, patches, logits = parts(variables)
     assert tokens.shape == (2, 1 + 4, 12)
-    np.testing.assert_allclose(tokens[:, 1:], model.norm(last.x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(run(variables, images), model.head(tokens[:, 0]), atol=1e-4)
+    np.testing.assert_allclose(tokens[:, 1:], patches, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(variables, images), logits, atol=1e-4)

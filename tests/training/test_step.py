@@ -55,6 +55,14 @@ def jitted(settings):
     return jax.jit(functools.partial(step.train_step, optimizer=SGD, settings=settings))
 
 
+evaluate = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))
+
+
+@jax.jit
+def evaluation_logits(variables, images):
+    return variables.model().outputs(images).evaluation_logits()
+
+
 def run(state, settings=SETTINGS, steps=2):
     for _ in range(steps):
         state = jitted(settings)(state, make_batch(), ROOT)
@@ -192,7 +200,6 @@ def test_first_step_that_is_not_a_number_is_remembered():
 
 def test_eval_step_counts_by_the_mask():
     variables = make_state().model
-    evaluate = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))
     batch = make_batch() | {"mask": np.array([1] * 11 + [0] * 5, np.float32)}
     whole = evaluate(variables, batch)
     part = {key: value[:11] for key, value in batch.items()}
@@ -205,7 +212,6 @@ def test_eval_step_counts_by_the_mask():
 def test_any_of_several_labels_is_right_and_an_image_without_one_does_not_count():
     """ImageNet-ReaL's way; with one label each it is the usual one."""
     variables = make_state().model
-    evaluate = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))
     batch = make_batch() | {"mask": np.ones(16, np.float32)}
     single = evaluate(variables, batch)
     several = batch | {"label": np.eye(10, dtype=np.uint8)[batch["label"]]}
@@ -214,7 +220,7 @@ def test_any_of_several_labels_is_right_and_an_image_without_one_does_not_count(
         assert count == 16
 
     images = SETTINGS.transform.normalize(jnp.asarray(batch["image"]))
-    logits = np.asarray(variables.model().outputs(images).evaluation_logits())
+    logits = np.asarray(evaluation_logits(variables, images))
     rng = np.random.default_rng(1)
     right = (rng.random((16, 10)) < 0.2).astype(np.uint8)
     right[:3] = 0
@@ -370,10 +376,10 @@ def test_top5_counts_the_labels_up_to_the_fifth():
     variables = make_state().model
     batch = make_batch() | {"mask": np.ones(16, np.float32)}
     images = SETTINGS.transform.normalize(jnp.asarray(batch["image"]))
-    logits = jax.jit(lambda v: v.model().outputs(images).evaluation_logits())(variables)
+    logits = evaluation_logits(variables, images)
     places = np.arange(16) % 10
     batch["label"] = np.argsort(-logits, axis=1)[np.arange(16), places].astype(np.int32)
-    metrics = jax.jit(functools.partial(step.eval_step, settings=SETTINGS))(variables, batch)
+    metrics = evaluate(variables, batch)
     assert (metrics["top1"][0], metrics["top5"][0]) == (2, 10)
 
 

@@ -1,4 +1,4 @@
-"""Stands in for training on a worker: reports the cluster, counts steps, ends as told.
+"""Acts as training on a worker: reports the cluster, counts steps, ends as told.
 
 `plan.json` beside the fake gcloud's state has, under "behaviour", what differs from `DEFAULT`: a
 list with one entry per attempt (the last also for all later ones) of worker's number → settings.
