@@ -23,6 +23,7 @@ from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.run import DataSize
 from tests.helpers.commands import saved_arrays
 from tests.helpers.configs import digits
+from tests.helpers.variables import run
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 IMAGES = 3  # of each class and split
@@ -75,10 +76,11 @@ def losses(workdir, source, numbers):
     """The loss and the accuracy, from the logits alone."""
     config = config_of("unused")
     found = weights.find(workdir, None)
-    model = found.load(found.config, sharding.make_mesh(-1, 1)).model()
+    variables = found.load(found.config, sharding.make_mesh(-1, 1))
     encoded, _ = source.fetch(np.arange(len(source)))
     images = np.stack([WholeTransform((12, 12))(one).numpy() for one in encoded])
-    logits = np.asarray(model((images / 255 - config.data.mean) / config.data.std), np.float64)
+    images = (images / 255 - config.data.mean) / config.data.std
+    logits = np.asarray(run(variables, images), np.float64)
     right = logits[np.arange(len(logits)), numbers]
     return (logsumexp(logits, -1) - right).mean(), (right == logits.max(-1)).mean()
 

@@ -153,11 +153,10 @@ def test_only_the_first_process_reports(two):
 
 
 @pytest.mark.slow
-def test_four_processes_compute_what_one_does(environment, tmp_path):
-    train(environment, tmp_path / "alone", 0, devices=8)
-    train(environment, tmp_path / "four", 4)
-    assert examples_of(tmp_path / "four") == examples_of(tmp_path / "alone")
-    assert_same_numbers(tmp_path / "four", tmp_path / "alone")
+def test_four_processes_compute_what_one_does(environment, alone, tmp_path):
+    train(environment, tmp_path, 4, devices=1)
+    assert examples_of(tmp_path) == examples_of(alone)
+    assert_same_numbers(tmp_path, alone)
 
 
 def interrupted(environment, workdir, sent, rank=1):
