@@ -7,7 +7,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -15,6 +15,9 @@ from ml_collections import ConfigDict, config_flags
 from spvit_jax import config as config_lib
 from spvit_jax import distributed, logs
 from spvit_jax.errors import InputError, WriteError, exit_code, nearest
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 T = TypeVar("T")
 Getter = Callable[[], T]  # returns a flag's value, once flags are parsed
@@ -41,8 +44,19 @@ def run(main: Callable[[], object]) -> None:
 
     # Orbax warns of its own defaults at every call, and logs the tracebacks of what it raises.
     logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _print_unraisable
     logs.start()
     app.run(guarded, flags_parser=_parse)
+
+
+def _print_unraisable(unraisable: UnraisableHookArgs) -> None:
+    """Prints an exception that Python cannot raise; the `sys.unraisablehook` of all commands.
+
+    When one of orbax's writes fails, tensorstore's threads report each of the others to an event
+    loop that is closed by then. The failure itself is raised.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str]) -> list[str]:

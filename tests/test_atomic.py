@@ -52,6 +52,7 @@ def test_conversion_does_not_take_what_another_left(tmp_path):
 
 
 def interrupt():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     signal.raise_signal(signal.SIGINT)
 
 
