@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from spvit_jax.models.spatial import Grid
 
 
+@jax.named_scope("label_maps")
 def align(
     maps: jax.Array,
     boxes: jax.Array,

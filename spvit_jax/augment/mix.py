@@ -77,6 +77,7 @@ class BatchTransform:
             official_axes=config.token_labels.official_axes,
         )
 
+    @jax.named_scope("augment")
     def __call__(
         self, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -108,6 +109,7 @@ class BatchTransform:
         )
         return images, targets, moves
 
+    @jax.named_scope("normalize")
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns images of 0 to 255 normalised, float32; evaluation does nothing else."""
         return normalize(images, self.mean, self.std)
@@ -232,6 +234,7 @@ def mix(
     return with_partner(images, kept[..., None]), with_partner(targets, kept.mean((1, 2))[:, None])
 
 
+@jax.named_scope("mix_tokens")
 def mix_tokens(patches: jax.Array, key: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
     """Replaces a box of each image's patches by its partner's (MixToken, arXiv 2104.10858).
 

@@ -55,6 +55,7 @@ def attention_weights(
     return weights if mix_weights is None else mix_weights(weights)
 
 
+@jax.named_scope("attention")
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -138,6 +139,7 @@ class Attention(nnx.Module):
         self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
         self.mix_weights = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
 
+    @jax.named_scope("gain")
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
         factors = []
@@ -149,6 +151,7 @@ class Attention(nnx.Module):
             return None
         return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
+    @jax.named_scope("gain")
     def bias(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns B [H, P+N, P+N] (-inf outside a hard mask), or None where it is 0."""
         if self.mask is not None and self.mask.kind == "hard":
@@ -160,7 +163,8 @@ class Attention(nnx.Module):
         q, k, v = self._qkv(x)
         mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
         out = attention(q, k, v, self.gain(grid, num_prefix), self.bias(grid, num_prefix), **mix)
-        return self.proj(out.reshape(x.shape))
+        with jax.named_scope("proj"):
+            return self.proj(out.reshape(x.shape))
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
@@ -173,6 +177,7 @@ class Attention(nnx.Module):
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
 
+    @jax.named_scope("qkv")
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects x to queries, keys and values [B, n, H, d]; columns are ordered [3, H, d]."""
         qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)

@@ -19,7 +19,7 @@ from spvit_jax.models import loop
 from spvit_jax.models.block import Block
 from spvit_jax.models.fields import check_fields
 from spvit_jax.models.initializers import CountedRngs
-from spvit_jax.models.layers import ConvStem, PatchEmbed, accumulation_dtype
+from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed, accumulation_dtype
 from spvit_jax.models.loop import Segment, find_segments
 from spvit_jax.models.spatial import Grid, LocalityMask
 
@@ -225,7 +225,7 @@ class Model(nnx.Module):
     config: ModelConfig
     patch_embed: PatchEmbed | ConvStem
     blocks: nnx.List[Block]
-    norm: nnx.LayerNorm
+    norm: LayerNorm
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -248,6 +248,7 @@ class Model(nnx.Module):
         """Returns the logits of all heads, in either mode; arguments as in `__call__`."""
         return self.classify(self.encode(self.embed(images), key))
 
+    @jax.named_scope("patch_embed")
     def embed(self, images: jax.Array) -> jax.Array:
         """Returns the patch tokens [B, h, w, D] of images, without positions."""
         height, width = self.config.image_shape

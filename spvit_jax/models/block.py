@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.models.attention import Attention
-from spvit_jax.models.layers import LayerScale, Mlp, PosConv, accumulation_dtype, drop_path
+from spvit_jax.models.layers import (
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PosConv,
+    accumulation_dtype,
+    drop_path,
+)
 from spvit_jax.models.spatial import Grid
 
 
@@ -51,7 +58,7 @@ class Block(nnx.Module):
           dtype: dtype of the computation.
           rngs: random keys of the initial weights.
         """
-        norm = functools.partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+        norm = functools.partial(LayerNorm, epsilon=norm_eps, dtype=dtype, rngs=rngs)
         self.norm1 = norm(dim)
         self.attn = make_attention()
         self.norm2 = norm(dim)

@@ -17,7 +17,7 @@ from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerScale, Mlp, PatchEmbed
+from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,11 @@ class ClassAttention(nnx.Module):
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
         query = x[:, :1]
-        out = attention(heads(self.q(query)), heads(self.k(x)), heads(self.v(x)))
-        return self.proj(out.reshape(query.shape))
+        with jax.named_scope("qkv"):
+            q, k, v = heads(self.q(query)), heads(self.k(x)), heads(self.v(x))
+        out = attention(q, k, v)
+        with jax.named_scope("proj"):
+            return self.proj(out.reshape(query.shape))
 
 
 class ClassBlock(nnx.Module):
@@ -74,7 +77,7 @@ class ClassBlock(nnx.Module):
 
     def __init__(self, config: CaiTConfig, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, jnp.dtype(config.dtype)
-        norm = functools.partial(nnx.LayerNorm, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        norm = functools.partial(LayerNorm, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.norm1 = norm(dim)
         self.attn = ClassAttention(
             dim, config.num_heads, qkv_bias=config.qkv_bias, dtype=dtype, rngs=rngs
@@ -106,7 +109,7 @@ class CaiT(Model):
         self.class_blocks = nnx.List(
             [ClassBlock(config, rngs=rngs) for _ in range(config.class_layers)]
         )
-        self.norm = nnx.LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
             dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
@@ -126,6 +129,7 @@ class CaiT(Model):
             token = block(token, x)
         return self.norm(jnp.concatenate([token, x], axis=1))
 
+    @jax.named_scope("heads")
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the head to the class token of normalised tokens [B, 1+N, D]."""
         return Outputs(logits=self._logits(self.head, tokens[:, 0]))

@@ -1,6 +1,7 @@
 """Layers other than attention: MLP, drop path, LayerScale, patch embeddings, convolutions.
 
 Images and feature maps are channels last. Parameters are float32; `dtype` is the compute dtype.
+Named scopes are the names of a step's parts in `preflight` and in profiles.
 Attention is in `attention.py`, the blocks themselves in the files of the families.
 """
 
@@ -28,8 +29,17 @@ class Mlp(nnx.Module):
         self.fc1 = nnx.Linear(dim, hidden, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over channels, [..., D] (arXiv 1607.06450)."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # without its mask
+        return super().__call__(x)
 
 
 class LayerScale(nnx.Module):
@@ -41,10 +51,12 @@ class LayerScale(nnx.Module):
     def __init__(self, dim: int, initial: float):
         self.gamma = nnx.Param(jnp.full((dim,), initial, jnp.float32))
 
+    @jax.named_scope("layer_scale")
     def __call__(self, x: jax.Array) -> jax.Array:
         return x * self.gamma[...]
 
 
+@jax.named_scope("drop_path")
 def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Drops whole residual branches per example (stochastic depth, arXiv 1603.09382).
 
@@ -195,6 +207,7 @@ class PosConv(nnx.Module):
         self.bias = nnx.Param(conv_bias(9)(rngs.params(), (dim,), jnp.float32))
         self.dtype = dtype
 
+    @jax.named_scope("pos_conv")
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int) -> jax.Array:
         """Maps tokens [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
         prefix, patches = x[:, :num_prefix], x[:, num_prefix:]

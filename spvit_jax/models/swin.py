@@ -22,7 +22,7 @@ from spvit_jax.models.attention import Attention, attention, attention_weights
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import PatchEmbed
+from spvit_jax.models.layers import LayerNorm, PatchEmbed
 from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
 
 
@@ -125,10 +125,14 @@ class WindowAttention(Attention):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
-        windows = self._partition(x, grid)
+        with jax.named_scope("windows"):
+            windows = self._partition(x, grid)
         q, k, v = self._qkv(windows)
         out = attention(q, k, v, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
-        return self._merge_windows(self.proj(out.reshape(windows.shape)), grid)
+        with jax.named_scope("proj"):
+            out = self.proj(out.reshape(windows.shape))
+        with jax.named_scope("windows"):
+            return self._merge_windows(out, grid)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32.
@@ -170,11 +174,12 @@ class PatchMerging(nnx.Module):
     """
 
     def __init__(self, dim: int, *, norm_eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = nnx.LayerNorm(4 * dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(4 * dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
         self.reduction = nnx.Linear(
             4 * dim, 2 * dim, use_bias=False, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
 
+    @jax.named_scope("patch_merging")
     def __call__(self, tokens: Tokens) -> Tokens:
         """Maps tokens [B, N, D] of a grid (h, w) to [B, ⌈h/2⌉·⌈w/2⌉, 2D]."""
         x, (h, w) = tokens.x, tokens.grid
@@ -200,7 +205,7 @@ class Swin(Model):
         last = stages[-1][1]
         super().__init__(config)
         self.patch_embed = PatchEmbed(config.dim, config.patch_size, dtype=dtype, rngs=rngs)
-        self.patch_norm = nnx.LayerNorm(config.dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.patch_norm = LayerNorm(config.dim, epsilon=eps, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
             [
                 _block(config, stage, sum(config.depths[:stage]) + index, index % 2 == 1, rngs)
@@ -211,7 +216,7 @@ class Swin(Model):
         self.merges = nnx.List(
             [PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs) for _, dim, _ in stages[:-1]]
         )
-        self.norm = nnx.LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
             last, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
@@ -228,6 +233,7 @@ class Swin(Model):
         starts = itertools.accumulate(self.config.depths[:-1])
         return dict(zip(starts, self.merges, strict=True))
 
+    @jax.named_scope("heads")
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the head to the mean of normalised tokens [B, N, D]."""
         return Outputs(logits=self._logits(self.head, tokens.mean(axis=1)))

@@ -20,7 +20,7 @@ from spvit_jax.models.attention import Attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import ConvStem, PatchEmbed
+from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ViT(Model):
             nnx.Param(token_embedding(rngs.params(), (1, 1, dim))) if config.distilled else None
         )
         self.blocks = nnx.List([_block(config, layer, rngs) for layer in range(config.depth)])
-        self.norm = nnx.LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.head = head()
         self.dist_head = head() if config.distilled else None
         self.dense_head = head() if config.dense_head else None
@@ -148,6 +148,7 @@ class ViT(Model):
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         return Tokens(prepend(prefix, tokens.x), tokens.grid, len(prefix))
 
+    @jax.named_scope("heads")
     def classify(self, tokens: jax.Array) -> Outputs:
         """Applies the heads to normalised tokens [B, P+N, D]."""
         dist, dense = self.dist_head, self.dense_head

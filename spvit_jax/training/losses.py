@@ -34,6 +34,7 @@ def hard_labels(logits: jax.Array) -> jax.Array:
     return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
 
 
+@jax.named_scope("loss")
 def classification_loss(outputs: Outputs, targets: Targets, dense_weight: float) -> jax.Array:
     """Returns the training loss, a scalar: the mean over the batch.
 

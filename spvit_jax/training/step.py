@@ -119,9 +119,12 @@ def train_step(
     grads, stats, metrics = _gradients(
         state.model, images, targets, key_for(rng, "drop_path", state.step), settings
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
-    params = optax.apply_updates(state.model.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
+        params = optax.apply_updates(state.model.params, updates)
     model = state.model.replace(params=params, stats=stats)
+    with jax.named_scope("ema"):
+        ema = state.ema and optax.incremental_update(model, state.ema, 1 - settings.ema)
 
     step = state.step + 1
     metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
@@ -132,7 +135,7 @@ def train_step(
     return TrainState(
         step=step,
         model=model,
-        ema=state.ema and optax.incremental_update(model, state.ema, 1 - settings.ema),
+        ema=ema,
         opt_state=opt_state,
         metrics=jax.tree.map(jnp.add, state.metrics, {name: metrics[name] for name in METRICS}),
         nan_step=jnp.where(is_first_nan, step, state.nan_step),
