@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 import sys
@@ -83,6 +84,7 @@ def _parse(argv: list[str], module: ModuleType, operands: str = "") -> list[str]
     argv = _with_recipe_files(argv)
     path = _config_file(argv)
     try:
+        _import_packages(argv)
         _check_config_flags(argv, path)
         rest = flags.FLAGS(argv)
         if path is not None:
@@ -126,13 +128,13 @@ def _config_file(argv: list[str]) -> pathlib.Path | None:
 
 
 def _with_recipe_files(argv: list[str]) -> list[str]:
-    """Returns the arguments with --config=NAME as one word, and the file of a recipe as its NAME.
+    """Returns the arguments with `--config NAME` as one word, and a recipe's file for its NAME.
 
     A file of this name comes before a recipe that comes with the package.
     """
     joined: list[str] = []
     for arg in argv:
-        if joined and joined[-1].lstrip("-") == "config" and joined[-1].startswith("-"):
+        if joined and joined[-1] in ("-config", "--config", "-import", "--import"):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)
@@ -143,6 +145,26 @@ def _with_recipe_files(argv: list[str]) -> list[str]:
         if flag.lstrip("-") == "config" and name in known and not pathlib.Path(name).is_file():
             joined[index] = f"{flag}={known[name]}{colon}{argument}"
     return joined
+
+
+def _import_packages(argv: list[str]) -> None:
+    """Imports what --import names, before a recipe is read that may use it.
+
+    Raises:
+      InputError: there is no such module, or it imports one that there is not.
+    """
+    for arg in argv[1:]:
+        flag, _, name = arg.partition("=")
+        if flag.lstrip("-") != "import" or not arg.startswith("-"):
+            continue
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # the working directory, as for `python -m`
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"--import={name}: {error}; expected a module on the path, or in this folder"
+            ) from error
 
 
 def _check_config_flags(argv: list[str], path: pathlib.Path | None) -> None:
@@ -181,6 +203,9 @@ def fail(error: object, code: int = 2) -> NoReturn:
 def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     """Defines --config; returns a function for its value, to be called after parsing."""
     holder = config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
+    flags.DEFINE_multi_string(
+        "import", [], "Module of one's own that registers models, data sets or losses."
+    )
     if required:
         flags.mark_flag_as_required("config")
     return lambda: holder.value
