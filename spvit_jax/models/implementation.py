@@ -14,9 +14,13 @@ import jax.numpy as jnp
 from spvit_jax.errors import InputError
 from spvit_jax.kernels import fused
 
-Implementation = Literal["auto", "xla", "fused", "fused_interpret"]
+Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
 
-_KERNELS = ("fused", "fused_interpret")
+_KERNELS = ("local", "fused", "fused_interpret")
+# Number of tokens from which masked heads are faster by `kernels.local`: on CPUs as measured by
+# `benchmarks.local_attention`, elsewhere where the N×N scores begin to fill the memory.
+_LOCAL_FROM = {"cpu": 150}
+_LOCAL_FROM_ELSEWHERE = 700
 
 
 def choose(
@@ -25,7 +29,8 @@ def choose(
     """Returns the implementation that computes an attention: never "auto".
 
     Args:
-      requested: a name, or "auto" for the fastest on the devices of the program being traced.
+      requested: a name, or "auto" for the fastest on the devices of the program being traced;
+        "local" is about masked heads alone, and "auto" for others.
       num_tokens: number of tokens, prefix included.
       head_dim: width d of a head.
       dtype: dtype of queries, keys and values.
@@ -33,12 +38,24 @@ def choose(
     Raises:
       InputError: as `check_platform`.
     """
-    if requested != "auto":
+    if requested not in ("auto", "local"):
         check_platform(requested, platform())
         return requested
     if platform() == "tpu" and fused.supports(head_dim, dtype):
         return "fused"
     return "xla"
+
+
+def is_local(requested: Implementation, num_tokens: int) -> bool:
+    """Returns whether masked heads are computed at a cost linear in the number of tokens.
+
+    Args:
+      requested: as in `choose`.
+      num_tokens: number of tokens, prefix included.
+    """
+    if requested == "auto":
+        return num_tokens >= _LOCAL_FROM.get(platform(), _LOCAL_FROM_ELSEWHERE)
+    return requested == "local"
 
 
 def platform() -> str:
@@ -83,7 +100,7 @@ def check(
             f"attention is {requested!r}, a kernel that does not know {other_scores}; "
             "choose 'auto' or 'xla'"
         )
-    if not fused.supports(head_dim, dtype):
+    if requested != "local" and not fused.supports(head_dim, dtype):
         widths, dtypes = fused.HEAD_DIMS, " or ".join(fused.DTYPES)
         raise InputError(
             f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "
