@@ -260,7 +260,7 @@ def test_same_seed_same_weights():
         ("mait_s", {"depth": 1, "masked_heads": ((-1,),)}, "names head -1 in layer 0, which has"),
         ("mait_s", {"depth": 2, "masked_heads": ((0,),)}, "covers 1 layers, the model has 2"),
         ("mait_s", {"depth": 2, "masked_heads": ((0, 2), (0, 1))}, "one layer are written (1, (0"),
-        ("mait_s", {"depth": 2, "masked_heads": ((1, (0, 2)), 1)}, "or pairs (layers, heads)"),
+        ("mait_s", {"depth": 2, "masked_heads": ((1, (0, 2)), 1)}, "or pairs (layers, heads"),
         ("mait_s", {"depth": 1, "masked_heads": ((-1, 2), (2, 1))}, "negative number of layers"),
         ("mait_s", {"mask_kind": "fuzzy"}, "'soft' or 'hard'"),
         ("cait_s24", {"masked_heads": ((12, 9), (12, 0))}, "asks for 9 masked heads in layer 0"),
