@@ -44,7 +44,7 @@ def download(name: str) -> pathlib.Path:
     repository, revision, file = match.groups()
     hub = _import_hub()
     try:
-        known = _cached_or_listed(hub, repository, revision)
+        known = _files(hub, repository, revision)
         wanted = [_choose(known, file, name)]
         if wanted[0].endswith(_INDEX):
             index = pathlib.Path(hub.hf_hub_download(repository, wanted[0], revision=revision))
@@ -53,7 +53,9 @@ def download(name: str) -> pathlib.Path:
             wanted += [f"{folder}/{shard}".lstrip("/") for shard in shards]
         _check_space(hub, repository, revision, wanted)
         paths = [hub.hf_hub_download(repository, each, revision=revision) for each in wanted]
-    except (hub.errors.HfHubHTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (hub.errors.HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"cannot take {name} from the hub: {_reason(hub, error)}") from error
     return pathlib.Path(paths[0])
 
@@ -69,16 +71,17 @@ def _import_hub() -> ModuleType:
     return huggingface_hub
 
 
-def _cached_or_listed(hub: ModuleType, repository: str, revision: str | None) -> list[str]:
-    """Returns the files of a repository; those in the cache where the hub cannot be asked."""
+def _files(hub: ModuleType, repository: str, revision: str | None) -> list[str]:
+    """Returns the files of a repository; those in the cache where the hub cannot be reached."""
     try:
-        return sorted(hub.HfApi().list_repo_files(repository, revision=revision))
-    except (hub.errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, OSError) as error:
-        if isinstance(error, hub.errors.HfHubHTTPError):
-            raise
+        siblings = hub.HfApi().model_info(repository, revision=revision).siblings
+        return sorted(each.rfilename for each in siblings or [])
+    except hub.errors.HfHubHTTPError:
+        raise  # it was reached
+    except (hub.errors.HTTPError, OSError) as error:
         try:
             folder = hub.snapshot_download(repository, revision=revision, local_files_only=True)
-        except Exception:
+        except (hub.errors.LocalEntryNotFoundError, OSError, ValueError):
             raise error from None
         log.warning("note: the hub cannot be reached; %s is as it was downloaded before", repository)
         root = pathlib.Path(folder)
@@ -139,6 +142,4 @@ def _reason(hub: ModuleType, error: Exception) -> str:
         return "there is no such file"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and it is not in the cache"
-    if isinstance(error, InputError):
-        return str(error)
     return f"{first_line(error)}; without a network, download the files elsewhere and name a folder"
