@@ -83,7 +83,7 @@ def _files(hub: ModuleType, repository: str, revision: str | None) -> list[str]:
             folder = hub.snapshot_download(repository, revision=revision, local_files_only=True)
         except (hub.errors.LocalEntryNotFoundError, OSError, ValueError):
             raise error from None
-        log.warning("note: the hub cannot be reached; %s is as it was downloaded before", repository)
+        log.warning("note: the hub cannot be reached; %s is as downloaded before", repository)
         root = pathlib.Path(folder)
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
@@ -106,9 +106,7 @@ def _choose(known: list[str], file: str | None, name: str) -> str:
     )
 
 
-def _check_space(
-    hub: ModuleType, repository: str, revision: str | None, wanted: list[str]
-) -> None:
+def _check_space(hub: ModuleType, repository: str, revision: str | None, wanted: list[str]) -> None:
     """Logs what is to be downloaded; raises an `InputError` if the disk has no room for it."""
     plans = [
         hub.hf_hub_download(repository, file, revision=revision, dry_run=True) for file in wanted

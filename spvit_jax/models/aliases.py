@@ -19,7 +19,7 @@ def _sizes(ours: str, theirs: str, *image_sizes: int) -> dict[str, Alias]:
     return {theirs.format(size): Alias(ours, size) for size in image_sizes}
 
 
-_ALIASES: dict[str, Alias] = {
+ALIASES: dict[str, Alias] = {
     **_sizes("deit_ti", "deit_tiny_patch16_{}", 224),
     **_sizes("deit_s", "deit_small_patch16_{}", 224),
     **_sizes("deit_b", "deit_base_patch16_{}", 224, 384),
@@ -46,14 +46,9 @@ _ALIASES: dict[str, Alias] = {
 }
 
 
-def known_aliases() -> tuple[str, ...]:
-    """Returns timm's names that `resolve` knows."""
-    return tuple(_ALIASES)
-
-
 def resolve(name: str) -> Alias | None:
     """Returns the model that a name of timm's stands for; None if it is none of timm's."""
-    return _ALIASES.get(name.partition(".")[0])
+    return ALIASES.get(name.partition(".")[0])
 
 
 def timm_name(name: str, image_size: tuple[int, int]) -> str | None:
@@ -61,6 +56,6 @@ def timm_name(name: str, image_size: tuple[int, int]) -> str | None:
 
     None where timm does not have the model.
     """
-    names = [theirs for theirs, alias in _ALIASES.items() if alias.name == name]
-    fitting = [n for n in names if _ALIASES[n].image_size == image_size[0] == image_size[1]]
+    names = [theirs for theirs, alias in ALIASES.items() if alias.name == name]
+    fitting = [n for n in names if ALIASES[n].image_size == image_size[0] == image_size[1]]
     return next(iter(fitting or names), None)
