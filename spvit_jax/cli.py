@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
 import traceback
@@ -14,15 +13,13 @@ from ml_collections import ConfigDict, config_flags
 
 from spvit_jax import config as config_lib
 from spvit_jax import distributed, logs
-from spvit_jax.errors import InputError, WriteError, exit_code, nearest
+from spvit_jax.errors import WRONG_INPUT, InputError, WriteError, exit_code, nearest
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 T = TypeVar("T")
 Getter = Callable[[], T]  # returns a flag's value, once flags are parsed
-
-STOPPED_EARLY = os.EX_TEMPFAIL  # exit code 75: all is saved; start the same command again
 
 
 def run(main: Callable[[], object]) -> None:
@@ -130,7 +127,7 @@ def _check_fields(config: Any, path: pathlib.Path) -> None:
         )
 
 
-def fail(error: object, code: int = 2) -> NoReturn:
+def fail(error: object, code: int = WRONG_INPUT) -> NoReturn:
     """Prints an error as one line and exits the program with a code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -97,12 +97,12 @@ def saved_arrays(workdir, step):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def assert_same_run(workdir, reference, step=120):
+def assert_same_run(workdir, reference, step=120, names=("ema/", "opt_state/")):
     """Bit for bit: the last state, and the records of how it was reached."""
     ours, theirs = saved_arrays(workdir, step), saved_arrays(reference, step)
     assert ours.keys() == theirs.keys()
-    assert any(name.startswith("ema/") for name in ours)
-    assert any(name.startswith("opt_state/") for name in ours)
+    for prefix in names:
+        assert any(name.startswith(prefix) for name in ours), prefix
     for name in ours:
         assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
     records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
