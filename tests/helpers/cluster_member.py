@@ -4,8 +4,8 @@
     python -m tests.helpers.cluster_member train OUTPUT --config=… --workdir=… --coordinator=…
     python -m tests.helpers.cluster_member hang OUTPUT --config=… --workdir=… --coordinator=…
 
-Process 0 writes OUTPUT, a JSON file. `hang` trains, and process 1 waits for ever for the input of its
-tenth step, unless there is OUTPUT, which it then makes.
+Process 0 writes OUTPUT, a JSON file. `hang` trains, and process 1 waits for ever for the input of
+its tenth step, unless there is OUTPUT, which it then makes.
 """
 
 import itertools
