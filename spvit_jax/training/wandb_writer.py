@@ -26,7 +26,7 @@ def check_installed(project: str | None) -> None:
     if project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"config.wandb is {project!r}, and the package wandb is not installed; "
-            "pip install -r requirements-wandb.txt, or leave config.wandb out"
+            "pip install wandb==0.31.0, or leave config.wandb out"
         )
 
 
