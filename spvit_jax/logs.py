@@ -85,8 +85,9 @@ class Progress:
         """Counts one more."""
         self._done += 1
         self._bar.update()
-        if self._shows and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + _LINE_EVERY
+        now = time.monotonic()
+        if self._shows and now >= self._next_line:
+            self._next_line = now + _LINE_EVERY
             distributed.say(f"{self._name}: {self._unit} {self._done} of {self._total}")
 
 
