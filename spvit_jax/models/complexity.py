@@ -52,6 +52,10 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
         elif eqn.params.get("name") == "depthwise_conv":
             # Shifted products, which count as the convolution that they are.
             total += outputs * math.prod(shapes[1][:2])
+        elif eqn.params.get("name") == "neighbour_products":
+            total += outputs * shapes[0][1]  # channels of each product
+        elif eqn.params.get("name") == "neighbour_sum":
+            total += outputs * shapes[0][0]  # neighbours
         else:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             total += times * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
