@@ -15,8 +15,7 @@ from flax import nnx
 
 from spvit_jax.kernels.fused import fused_attention
 from spvit_jax.kernels.local import local_attention
-from spvit_jax.models import implementation as implementations
-from spvit_jax.models.implementation import Implementation
+from spvit_jax.models.implementation import Implementation, check, choose, is_local
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
@@ -133,9 +132,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         other_scores = "talking heads" if talking_heads else None
-        implementations.check(implementation, dim // num_heads, dtype, other_scores=other_scores)
+        check(implementation, dim // num_heads, dtype, other_scores=other_scores)
         self.num_heads = num_heads
-        self.implementation = implementation
+        self.implementation: Implementation = "xla" if talking_heads else implementation
         self.qkv = nnx.Linear(
             dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
@@ -170,8 +169,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
-        is_local = implementations.is_local(self.implementation, x.shape[1])
-        if self.mask is not None and self.mix_scores is None and is_local:
+        if self.mask is not None and is_local(self.implementation, x.shape[1]):
             return self._attend_locally(x, grid, num_prefix, self.mask)
         out = self.attend(self._project(x), grid, num_prefix)
         with jax.named_scope("proj"):
@@ -186,7 +184,7 @@ class Attention(nnx.Module):
         self, qkv: jax.Array, num_heads: int, gain: jax.Array | None, bias: jax.Array | None
     ) -> jax.Array:
         """Computes `attend` of some heads H, from their projection [B, n, 3·H·d]."""
-        match self._choose(qkv, num_heads):
+        match choose(self.implementation, qkv, num_heads, gain, bias):
             case "fused" | "fused_interpret" as name:
                 interpret = name == "fused_interpret"
                 with jax.named_scope("attention"):
@@ -250,14 +248,6 @@ class Attention(nnx.Module):
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
-
-    def _choose(self, qkv: jax.Array, num_heads: int) -> Implementation:
-        """Returns the implementation for a projection [B, n, 3·H·d] of H heads."""
-        if self.mix_scores is not None:
-            return "xla"
-        num_tokens, columns = qkv.shape[1:]
-        head_dim = columns // 3 // num_heads
-        return implementations.choose(self.implementation, num_tokens, head_dim, qkv.dtype)
 
     @jax.named_scope("qkv")
     def _project(self, x: jax.Array) -> jax.Array:
