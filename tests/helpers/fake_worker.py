@@ -24,7 +24,7 @@ DEFAULT = {
 
 def main():
     folder, worker = pathlib.Path(os.environ["FAKE_GCLOUD"]), os.environ["FAKE_WORKER"]
-    bucket = pathlib.Path(os.environ["SPVIT_BUCKET_FOLDER"])
+    bucket = pathlib.Path(os.environ["SPVIT_MOUNTS"]) / "bucket"
     plan = json.loads((folder / "plan.json").read_text())
     starts = folder / f"starts-{worker}"
     number = len(starts.read_text()) if starts.exists() else 0

@@ -13,7 +13,7 @@ SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-west4-a",
     "NAME": "spvit-test",
-    "ACCELERATOR": "v5e:4x4",
+    "ACCELERATOR": "v4:2x2x3",  # three VMs
     "PROVISIONING": "spot",
     "BUCKET": "my-bucket",
 }
@@ -22,7 +22,8 @@ ON_WORKERS = {
     "curl": 'echo "$FAKE_WORKER"',
     "sudo": 'exec "$@"',
     "mountpoint": 'test -L "${@: -1}"',
-    "gcsfuse": 'rmdir "${@: -1}" && ln -s ../bucket "${@: -1}"',
+    "gcsfuse": 'echo "$*" >>"$HOME/gcsfuse.log" && rmdir "${@: -1}" && '
+    'ln -s "../../${@: -2:1}" "${@: -1}"',
     # Makes an "environment" whose python notes what is installed.
     "python3.13": 'mkdir -p "$3/bin" && cp "$FAKE_GCLOUD/worker-bin/python" "$3/bin/python"',
     "python": f'if [[ "$1 $2" == "-m pip" ]]; then echo "$@" >>"$HOME/pip.log"; '
@@ -64,7 +65,7 @@ class Pod:
 
     def make(self):
         """Makes what all tests begin with."""
-        for folder in ("bucket", "worker-bin", "bin"):
+        for folder in ("my-bucket", "my-data", "worker-bin", "bin"):
             (self.folder / folder).mkdir(parents=True)
         fake = (REPOSITORY / "tests/helpers/fake_gcloud.py").read_text()
         script(self.folder / "bin/gcloud", fake, f"{sys.executable} -IS")
@@ -138,7 +139,7 @@ class Pod:
 
     def steps(self):
         """The steps that the workers have done, as they keep them in the bucket."""
-        paths = (self.folder / f"bucket/step-{n}" for n in range(3))
+        paths = (self.folder / f"my-bucket/step-{n}" for n in range(3))
         return [int(path.read_text() or 0) if path.exists() else 0 for path in paths]
 
     def log(self, worker):

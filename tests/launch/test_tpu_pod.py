@@ -95,8 +95,8 @@ def test_create_asks_once_and_waits_until_the_pod_is_there(pod):
     (call,) = pod.calls("create")
     assert call == (
         "queued-resources create spvit-test --project=my-project --zone=us-west4-a "
-        "--node-id=spvit-test --accelerator-type=v5litepod-16 "
-        "--runtime-version=v2-alpha-tpuv5-lite --spot "
+        "--node-id=spvit-test --accelerator-type=v4-24 "
+        "--runtime-version=tpu-ubuntu2204-base --spot "
         "--scopes=https://www.googleapis.com/auth/cloud-platform --async"
     )
     assert "WAITING_FOR_RESOURCES" in said
