@@ -42,8 +42,8 @@ look_at_presence() {
 # recorded KEY: one of the facts of the record, or "unknown".
 recorded() {
   local line
-  line=$(grep "^$1=" "$(record_file)" 2>/dev/null || true)
-  echo "${line:+${line#*=}}${line:-unknown}"
+  line=$(grep "^$1=" "$(record_file)" 2>/dev/null || echo '=unknown')
+  echo "${line#*=}"
 }
 
 # The command that deletes this pod, whatever the settings say by then.

@@ -66,15 +66,16 @@ obtain_pod() {
   find_resource ABSENT
   case $STATE in
     ACTIVE)
+      PRESENCE=on
       find_node "READY,HEALTHY,1,"
       expect_workers
-      PRESENCE=on
       say "is there already"
       return
       ;;
     ABSENT)
       find_node ABSENT
       if [[ $NODE_STATE != ABSENT ]]; then
+        PRESENCE=on
         die 2 "there is a TPU VM $NAME without a queued resource; choose another NAME, or delete it"
       fi
       request_pod

@@ -49,8 +49,9 @@ def main() -> int:
             print(refused, file=sys.stderr)
             return 1
         finally:
-            with open(f"{FOLDER}/state.json", "w") as file:
+            with open(f"{FOLDER}/state.new", "w") as file:
                 json.dump(state, file)
+            os.replace(file.name, f"{FOLDER}/state.json")  # tests read it at any time
     # Not under the lock: workers run side by side, and so do calls.
     if error:  # what was asked for is done, and the answer is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -19,6 +19,7 @@ DEFAULT = {
     "version": None,
     "devices": 4,
     "deaf": False,  # to SIGTERM
+    "vanish": False,  # at the end, without an exit code, as with its machine
 }
 
 
@@ -56,6 +57,8 @@ def main():
         print(f"step {step}")
     while settings["hang"] and not (folder / "release").exists():
         time.sleep(0.05)
+    if settings["vanish"]:
+        os.killpg(0, signal.SIGKILL)
     if settings["exit"]:
         print(f"error: this is why it ends with {settings['exit']}", file=sys.stderr)
     sys.exit(settings["exit"])

@@ -32,6 +32,8 @@ ON_WORKERS = {
 
 
 COMMAND = ("run", "python", "train.py")
+PLACE = "--name=spvit-test --zone=us-west4-a --project=my-project"
+DELETE = f"launch/tpu_pod.sh {PLACE} delete"
 
 
 class Pod:
@@ -49,7 +51,7 @@ class Pod:
             "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
             "FAKE_GCLOUD": str(self.folder),
             "TPU_POD_BACKOFF": "0",
-            "TPU_POD_POLL": "0.05",
+            "TPU_POD_POLL": "0.1",
             "TPU_POD_RETRIES": "3",
             "TPU_POD_REPORT_TIMEOUT": "20",
             "TPU_POD_EXIT_GRACE": "20",
@@ -116,10 +118,28 @@ class Pod:
 
     def __call__(self, *args, code=0, **environment):
         """Runs a verb to its end, which must have this exit code; returns what it said."""
+        calls = len(self.calls())
         process = self.start(*args, **environment)
+        said = self.outcome(process, code)
+        if args[0] in ("create", "run", "stop") and len(self.calls()) > calls:
+            self.check_that_the_rest_is_named(said)
+        return said
+
+    def outcome(self, process, code):
+        """Waits for a verb's end, which must have this exit code; returns what it said."""
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == code, stderr
         return stdout + stderr
+
+    def check_that_the_rest_is_named(self, said):
+        """Checks that what is left, and may cost money, is told with the command that deletes it."""
+        left = self.state() != (None, None)
+        assert (DELETE in said) == left, said
+        assert self.record().exists() >= left
+
+    def record(self):
+        """The file that says that the pod has been asked for and not been seen gone since."""
+        return self.checkout / "runs/pods/created/my-project,us-west4-a,spvit-test"
 
     def calls(self, *words):
         """The calls, without `compute tpus`, that contain all words."""
@@ -129,7 +149,8 @@ class Pod:
         return [call for call in calls if all(word in call for word in words)]
 
     def state(self):
-        state = json.loads((self.folder / "state.json").read_text())
+        path = self.folder / "state.json"
+        state = json.loads(path.read_text()) if path.exists() else {"resource": None, "node": None}
         return tuple(state[what] and state[what][0] for what in ("resource", "node"))
 
     def starts(self):

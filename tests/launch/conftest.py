@@ -23,3 +23,4 @@ def pod(tmp_path, templates):
     pod = Pod(tmp_path, templates[1]).copy(templates[0])
     yield pod
     pod.end()
+    assert pod.state() == (None, None) or pod.record().exists()
