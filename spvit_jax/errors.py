@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+# Exit codes of all commands, which the scripts and manifests of launch/ act upon.
+FAILED = 1  # may succeed when tried again, a limited number of times
+WRONG_INPUT = 2  # never succeeds as it is
+START_AGAIN = os.EX_TEMPFAIL  # 75: the same command, started again, goes on from what is saved
 
 
 class InputError(ValueError):

@@ -1,11 +1,6 @@
 # Sourced by tpu_pod.sh: looking at what the workers run, until it has ended, and judging how.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154  # settings come from config.sh
 
-# Exit codes of what the workers run. 2 is wrong input; 126 and 127 are the shell's for a command
-# that cannot be run or is not there: none of them is better at the next try.
-SAVED=75
-PEER_LOST=76 # another process of the cluster vanished
-
 # What the last look at the workers showed, by number; all empty where a worker did not answer.
 states=() codes=() sizes=() ids=() keys=() stops=() reports=()
 
@@ -76,11 +71,10 @@ was_stopped() { [[ ${stops[$1]} == stopped ]]; }
 code_of() { if [[ ${states[$1]} == exited ]]; then echo "${codes[$1]}"; else echo lost; fi; }
 has_code() { has_ended "$2" && [[ $(code_of "$2") == "$1" ]]; }
 has_failed() { has_ended "$1" && [[ $(code_of "$1") != 0 ]]; }
+# 126 and 127 are the shell's, of a command that cannot be run or is not there.
 was_given_wrong_input() { has_ended "$1" && [[ $(code_of "$1") =~ ^(2|126|127)$ ]]; }
-# By itself, and not since another was lost.
-has_failed_first() {
-  has_failed "$1" && [[ ! $(code_of "$1") =~ ^($SAVED|$PEER_LOST|lost)$ ]]
-}
+# By itself, and not with its machine, nor since another was lost or all were to save.
+has_failed_first() { has_failed "$1" && [[ ! $(code_of "$1") =~ ^(75|lost)$ ]]; }
 
 # workers_that TEST…: the numbers of the workers for which the test holds, with commas between them.
 workers_that() {
@@ -213,15 +207,11 @@ judge_end() {
     return
   elif ! pod_is_up; then
     return
-  elif [[ -n $(workers_that has_code "$SAVED") ]]; then
-    OUTCOME=early
-    return
-  elif [[ -n $(workers_that has_code lost) && -z $(workers_that has_failed_first) ]]; then
-    OUTCOME=early # a machine was started anew, as maintenance does; the others ended for it
-    return
-  else
+  elif [[ -n $(workers_that has_failed_first) || -z $(workers_that has_failed) ]]; then
     OUTCOME=failed failing=$(workers_that has_failed_first)
-    failing=${failing:-$(workers_that has_failed)}
+  else
+    OUTCOME=early # all were to save, or one was lost with its machine and the others ended for it
+    return
   fi
   show_end_of_log "${failing%%,*}"
 }

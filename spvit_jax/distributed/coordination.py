@@ -59,6 +59,11 @@ def rank_and_size() -> tuple[int, int]:
     return jax_distributed.global_state.process_id, jax_distributed.global_state.num_processes
 
 
+def coordinator() -> str:
+    """Returns the HOST:PORT of process 0's service."""
+    return str(jax_distributed.global_state.coordinator_address)
+
+
 def say(line: str) -> None:
     """Writes a line to standard error in one call, so that processes do not mix theirs."""
     sys.stderr.write(line + "\n")

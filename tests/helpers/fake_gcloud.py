@@ -23,7 +23,7 @@ PLAN = {
     "deleting": 1,  # how often a resource that is being deleted is still seen
     "errors": [],  # [words in the call, message, times, whether the call takes effect all the same]
     "preempt": 0,  # which life of the pod ends at the next look at the workers, counted from 1
-    # [worker, from the n-th look at the workers on, up to the m-th, in which life of the pod (0: all)]
+    # [worker, from the n-th look at the workers on, up to the m-th, in which life (0: in all)]
     "unreachable": [],
     "health": "HEALTHY",
     "type": None,  # what the pod is of, if not what it was asked for as

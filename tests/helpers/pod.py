@@ -132,7 +132,7 @@ class Pod:
         return stdout + stderr
 
     def check_that_the_rest_is_named(self, said):
-        """Checks that what is left, and may cost money, is told with the command that deletes it."""
+        """Checks that what is left, and may cost money, is said, with what deletes it."""
         left = self.state() != (None, None)
         assert (DELETE in said) == left, said
         assert self.record().exists() >= left
