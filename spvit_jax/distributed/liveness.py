@@ -1,7 +1,7 @@
-"""Liveness of a cluster's processes, by a count that each keeps in the store for the others to see.
+"""Liveness of a cluster's processes, by a count that each keeps where the others can read it.
 
-JAX watches heartbeats itself, and ends this process by abort() when one stops, as it does for errors
-of its own. What is known here tells the two apart: who has lost another process may be started
+JAX watches heartbeats itself, and ends this process by abort() when one stops, as it does for its
+own errors. What is known here tells the two apart: who has lost another process may be started
 again as often as machines are lost, and who has failed may not.
 """
 

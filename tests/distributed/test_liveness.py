@@ -1,11 +1,15 @@
 """Which processes are lost, by their counts in the store and by the coordinator's port."""
 
+import os
 import socket
+import subprocess
+import sys
 import types
 
 import pytest
 
 from spvit_jax.distributed import liveness
+from tests.helpers import REPOSITORY
 
 
 class Store(dict):
@@ -73,3 +77,31 @@ def test_a_pause_of_this_process_is_not_the_loss_of_others(cluster):
     assert liveness.lost() == []
     go_on(cluster, 0, 2, seconds=1)
     assert liveness.lost() == []
+
+
+ABORTS = """
+import os
+from spvit_jax.distributed import failure, liveness
+failure._HEAD_START = 0.0
+for lost in [], [2, 5]:
+    if not os.fork():
+        liveness.lost = lambda: lost
+        failure.name_what_aborts()
+        os.abort()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_an_abort_is_to_be_started_again_only_if_another_process_is_lost():
+    result = subprocess.run(
+        [sys.executable, "-c", ABORTS],
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["1", "75"]
+    alone, other = result.stderr.splitlines()
+    assert alone.startswith("error: JAX has ended this process, and the others of the cluster are")
+    assert other.startswith("error: another process of the cluster was lost (process 2, process 5)")

@@ -229,7 +229,7 @@ def test_a_worker_that_only_ssh_does_not_reach_goes_on(pod):
 
 @pytest.mark.parametrize("exit_code", [75, 137])
 def test_the_loss_of_a_machine_is_no_failure_of_the_run(pod, exit_code):
-    """The others end with 75 for it, as for one that was killed, and has an exit code of its own."""
+    """The others end with 75 for it, as for one that was killed, which has a code of its own."""
     pod.ready()
     ends = {"0": {"exit": 75}, "1": {"vanish": True}, "2": {"exit": exit_code}}
     pod.plan(behaviour=[ends, {}])
