@@ -80,17 +80,22 @@ mount_buckets() {
   done <"$RUN/buckets"
 }
 
-# mount_bucket BUCKET FOLDER OPTIONS…: unless it is mounted.
+# mount_bucket BUCKET FOLDER OPTIONS…: unless it is mounted. Another bucket there, of settings of
+# before, is unmounted: it would be taken for this one.
 mount_bucket() {
   local bucket=$1 folder=$2
   shift 2
-  if mountpoint --quiet "$folder"; then return; fi
+  if mountpoint --quiet "$folder"; then
+    if [[ $(read_fact "mounted-${folder##*/}") == "$bucket" ]]; then return; fi
+    fusermount -u "$folder" >>"$HOME/spvit_jax_install.log" 2>&1 || return 1
+  fi
   if ! command -v gcsfuse >/dev/null; then install_gcsfuse >>"$HOME/spvit_jax_install.log" 2>&1; fi
   if [[ ! -w $folder ]]; then
     sudo mkdir -p "$folder"
     sudo chown "$(id -u)" "$folder"
   fi
-  gcsfuse --implicit-dirs "$@" "$bucket" "$folder" >>"$HOME/spvit_jax_install.log" 2>&1
+  gcsfuse --implicit-dirs "$@" "$bucket" "$folder" >>"$HOME/spvit_jax_install.log" 2>&1 || return 1
+  echo "$bucket" >"$RUN/mounted-${folder##*/}"
 }
 
 install_gcsfuse() {

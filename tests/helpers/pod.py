@@ -24,6 +24,7 @@ ON_WORKERS = {
     "mountpoint": 'test -L "${@: -1}"',
     "gcsfuse": 'echo "$*" >>"$HOME/gcsfuse.log" && rmdir "${@: -1}" && '
     'ln -s "../../${@: -2:1}" "${@: -1}"',
+    "fusermount": 'rm "$2"',
     # Makes an "environment" whose python notes what is installed.
     "python3.13": 'mkdir -p "$3/bin" && cp "$FAKE_GCLOUD/worker-bin/python" "$3/bin/python"',
     "python": f'if [[ "$1 $2" == "-m pip" ]]; then echo "$@" >>"$HOME/pip.log"; '

@@ -326,6 +326,13 @@ def test_data_and_checkpoints_have_mounts_of_their_own(pod):
         assert [call[-2] for call in calls] == ["my-bucket", "my-data"]
         assert "--metadata-cache-ttl-secs=0" in calls[0]
         assert {"ro", "--metadata-cache-ttl-secs=-1"} <= set(calls[1])
+    (pod.folder / "other-data").mkdir()
+    pod.settings(DATA_BUCKET="other-data")
+    pod("sync")  # the other bucket takes the place of the first; that of the runs stays
+    for number in range(3):
+        home = pod.folder / f"home-{number}"
+        assert (home / "mounts/data").resolve() == pod.folder / "other-data"
+        assert len((home / "gcsfuse.log").read_text().splitlines()) == 3
 
 
 def test_a_bucket_that_cannot_be_mounted_is_said(pod):
