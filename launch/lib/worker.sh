@@ -23,10 +23,10 @@ number() {
   [[ -s $HOME/.spvit_jax_worker ]] ||
     curl --silent --fail --retry 5 --header 'Metadata-Flavor: Google' "$url/agent-worker-number" \
       >"$HOME/.spvit_jax_worker"
-  cat "$HOME/.spvit_jax_worker"
+  echo "$(<"$HOME/.spvit_jax_worker")"
 }
 
-boot() { cat /proc/sys/kernel/random/boot_id; }
+boot() { echo "$(</proc/sys/kernel/random/boot_id)"; }
 
 # ── Installing ──────────────────────────────────────────────────────────────────────────────────
 
@@ -151,7 +151,7 @@ supervise() {
   mv "$RUN/exit.new" "$RUN/exit"
 }
 
-read_fact() { cat "$RUN/$1" 2>/dev/null || true; }
+read_fact() { if [[ -e $RUN/$1 ]]; then echo "$(<"$RUN/$1")"; fi; }
 
 # Alive, and not another process that got the number after a restart of the machine.
 is_running() {

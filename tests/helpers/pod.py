@@ -1,6 +1,6 @@
 """A pod of pretence: a small checkout with the real `launch/`, and a fake gcloud on the PATH."""
 
-import json
+import ast
 import os
 import shutil
 import subprocess
@@ -100,7 +100,7 @@ class Pod:
 
     def plan(self, **plan):
         """Says what will happen; see PLAN of the fake gcloud, and DEFAULT of the fake worker."""
-        (self.folder / "plan.json").write_text(json.dumps({"workers": 3} | plan))
+        (self.folder / "plan").write_text(repr({"workers": 3} | plan))
 
     def settings(self, **changed):
         lines = [f"{key}={value}\n" for key, value in (SETTINGS | changed).items()]
@@ -144,15 +144,19 @@ class Pod:
 
     def calls(self, *words):
         """The calls, without `compute tpus`, that contain all words."""
-        path = self.folder / "calls.jsonl"
+        path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        calls = [" ".join(json.loads(line)[2:]) for line in lines]
+        calls = [" ".join(ast.literal_eval(line)[2:]) for line in lines]
         return [call for call in calls if all(word in call for word in words)]
 
     def state(self):
-        path = self.folder / "state.json"
-        state = json.loads(path.read_text()) if path.exists() else {"resource": None, "node": None}
+        state = {"resource": None, "node": None} | self.facts()
         return tuple(state[what] and state[what][0] for what in ("resource", "node"))
+
+    def facts(self):
+        """What the fake gcloud knows of the pod."""
+        path = self.folder / "state"
+        return ast.literal_eval(path.read_text()) if path.exists() else {}
 
     def starts(self):
         """How often the command has been started on each worker."""

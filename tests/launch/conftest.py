@@ -13,7 +13,7 @@ def templates(tmp_path_factory):
     pod = Pod(ready).copy(before)
     pod("create")
     pod("sync")
-    (pod.folder / "calls.jsonl").unlink()
+    (pod.folder / "calls").unlink()
     return before, ready
 
 

@@ -1,6 +1,5 @@
 """tpu_pod.sh against a fake gcloud: settings, create, sync, delete, and dry runs."""
 
-import json
 import shlex
 
 import pytest
@@ -282,8 +281,7 @@ def test_delete_says_so_if_something_stays(pod):
 def test_create_does_not_take_over_a_vm_that_it_did_not_ask_for(pod):
     pod.ready()
     pod.plan(orphans=True)
-    state = json.loads((pod.folder / "state.json").read_text())
-    (pod.folder / "state.json").write_text(json.dumps(state | {"resource": None}))
+    (pod.folder / "state").write_text(repr(pod.facts() | {"resource": None}))
     assert "there is a TPU VM spvit-test without a queued resource" in pod("create", code=2)
     assert pod.state() == (None, "READY")
 

@@ -1,6 +1,5 @@
 """tpu_pod.sh and what costs money: what is asked for is deleted, or named with what it costs."""
 
-import json
 import signal
 import subprocess
 
@@ -101,7 +100,7 @@ def test_what_a_killed_create_has_asked_for_is_listed(pod):
 
 def test_what_is_gone_is_listed_once_more_and_forgotten(pod):
     pod.ready()
-    (pod.folder / "state.json").unlink()  # somebody has deleted it in the console
+    (pod.folder / "state").unlink()  # somebody has deleted it in the console
     assert "queued resource ABSENT, TPU VM ABSENT" in pod("list")
     assert "no pod has been asked for from here" in pod("list")
 
@@ -215,11 +214,7 @@ def test_a_worker_that_only_ssh_does_not_reach_goes_on(pod):
     hanging = {str(n): {"hang": True} for n in range(3)}
     pod.plan(behaviour=[hanging], unreachable=[[2, 4, 12, 0]])
     process = pod.start(*COMMAND)
-
-    def looks():
-        return json.loads((pod.folder / "state.json").read_text())["looks"]
-
-    pod.wait_for(lambda: looks() > 13)
+    pod.wait_for(lambda: pod.facts()["looks"] > 13)
     (pod.folder / "release").touch()
     said = pod.outcome(process, 0)
     assert "worker 2 cannot be reached, and goes on: the others, which run, need it" in said
