@@ -29,8 +29,8 @@ class WriteError(OSError):
 def exit_code(error: BaseException) -> int | None:
     """Returns the exit code of a command that ends with an error; None if the error is a bug."""
     if isinstance(error, InputError):
-        return 2
-    return 1 if isinstance(error, WriteError | FloatingPointError) else None
+        return WRONG_INPUT
+    return FAILED if isinstance(error, WriteError | FloatingPointError) else None
 
 
 @contextlib.contextmanager
