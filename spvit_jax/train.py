@@ -9,13 +9,13 @@ all of it has been saved.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs
+from spvit_jax import cli, distributed, logs, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.logs import log
 from spvit_jax.plan import TrainingPlan
@@ -24,7 +24,7 @@ from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
+def train(config: ConfigDict, workdir: epath.Path, *, dry_run: bool = False) -> bool:
     """Trains the model of a configuration, or continues the run in a workdir.
 
     Args:
@@ -98,6 +98,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
                 if results or step % config.checkpoint.every == 0:
                     state_lib.check_finite(state, run.finite_leaves(state))
+                    reporter.flush()
                     checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
@@ -112,7 +113,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     return step == total_steps
 
 
-def _take_one_step(plan: TrainingPlan, workdir: pathlib.Path) -> None:
+def _take_one_step(plan: TrainingPlan, workdir: epath.Path) -> None:
     """Takes one step of training and one of evaluation on real data, and logs their losses."""
     run = plan.run
     state, origin = plan.create_state()
@@ -136,8 +137,9 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
+        folder = paths.parse(workdir.value)
         with distributed.joined(address(), notices=True):
-            complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
+            complete = train(config(), folder, dry_run=dry_run.value)
         if not complete and not dry_run.value:
             sys.exit(cli.STOPPED_EARLY)
 

@@ -8,12 +8,13 @@ batched in `pipeline.py`.
 from __future__ import annotations
 
 import logging
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from spvit_jax import paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import folders
 from spvit_jax.data.sources import Renumbered, Source, Subset, TfdsSource
@@ -37,7 +38,7 @@ def load(name: str, split: str, data_dir: str) -> Source:
     Raises:
       InputError: the data set or split does not exist or cannot be read.
     """
-    if (root := _folder(name)) is not None:
+    if (root := folder_of(name)) is not None:
         return folders.FolderSource(root, split)
     return TfdsSource(name, split, data_dir)
 
@@ -89,7 +90,7 @@ def numbered_as_trained(
     """
     if class_names is not None:
         return numbered(source, class_names, where)
-    root = _folder(data.dataset)
+    root = folder_of(data.dataset)
     if root is None or not (root / data.train_split).is_dir():
         return source
     return numbered(source, folders.class_names(root, data.train_split), "the training data")
@@ -220,7 +221,7 @@ def _num_examples(size: int | str, total: int, field: str) -> int:
         ) from error
 
 
-def _folder(name: str) -> pathlib.Path | None:
+def folder_of(name: str) -> epath.Path | None:
     """Returns the path of a data set "folder:PATH", or None for other data sets."""
     prefix, colon, path = name.partition(":")
-    return pathlib.Path(path) if prefix == "folder" and colon else None
+    return paths.parse(path) if prefix == "folder" and colon else None

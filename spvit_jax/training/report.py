@@ -11,28 +11,26 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from clu import parameter_overview
+from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import atomic, distributed
+from spvit_jax import atomic, distributed, logs
 from spvit_jax import config as config_lib
 from spvit_jax.errors import writing
+from spvit_jax.growing import GrowingFile
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding
 from spvit_jax.training.run import TrainingRun
 from spvit_jax.training.state import Metrics, means
-
-if TYPE_CHECKING:
-    from clu.metric_writers import MetricWriter
+from spvit_jax.training.tensorboard import EventFile
 
 
 def summarize(run: TrainingRun) -> None:
@@ -70,25 +68,23 @@ def summarize(run: TrainingRun) -> None:
 class Reporter:
     """Reporter of a run's progress on the terminal and in its records; a context manager."""
 
-    def __init__(
-        self, workdir: pathlib.Path, *, start_step: int, total_steps: int, batch_size: int
-    ):
+    def __init__(self, workdir: epath.Path, *, start_step: int, total_steps: int, batch_size: int):
         self._path = workdir / "metrics.jsonl"
         self._batch_size = batch_size
         self._total_steps = total_steps
         self._start_step = start_step
         self._stack = contextlib.ExitStack()
+        self._records: GrowingFile | None = None  # both of the process that reports
+        self._events: EventFile | None = None
         if distributed.is_primary():
             _drop_records_after(self._path, start_step)
 
     def __enter__(self) -> Self:
         writes = distributed.is_primary()
-        path = self._path if writes else pathlib.Path(os.devnull)
-        with writing(path):
-            self._records = self._stack.enter_context(path.open("a"))
-        self._writer = _open_tensorboard(self._path.parent) if writes else None
-        if self._writer is not None:
-            self._stack.callback(self._writer.close)
+        if writes:
+            with writing(self._path):
+                self._records = GrowingFile(self._path)
+                self._events = EventFile(self._path.parent)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -103,8 +99,20 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self._path):  # what could not be written before is tried again
-            self._stack.close()
+        self._stack.close()
+        self.flush()
+
+    def flush(self) -> None:
+        """Puts records and log where they survive this machine; for use before a checkpoint.
+
+        Raises:
+          WriteError: the records cannot be written.
+        """
+        for file in (self._records, self._events):
+            if file is not None:
+                with writing(self._path):
+                    file.flush()
+        logs.flush()
 
     def advance(self) -> None:
         """Moves the progress bar by one step."""
@@ -152,29 +160,21 @@ class Reporter:
 
     def _record(self, prefix: str, step: int, values: dict[str, float]) -> None:
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        with writing(self._path):
-            self._records.write(json.dumps({"step": step, **named}) + "\n")
-            self._records.flush()
-            if distributed.is_primary():
-                os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
+        if self._records is not None:
+            with writing(self._path):
+                self._records.write((json.dumps({"step": step, **named}) + "\n").encode())
         self._plot(step, named)
 
     def _plot(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write_scalars(step, values)
+        if self._events is not None:
+            with writing(self._path.parent):
+                self._events.write_scalars(step, values)
 
     def _reset_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.monotonic(), step
 
 
-def _open_tensorboard(folder: pathlib.Path) -> MetricWriter:
-    """Opens the TensorBoard file of a run; imports TensorFlow, with which clu writes it."""
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(str(folder))
-
-
-def _drop_records_after(path: pathlib.Path, step: int) -> None:
+def _drop_records_after(path: epath.Path, step: int) -> None:
     """Drops the records after a step, which a run that goes on from it makes again."""
     if not path.exists():
         return
