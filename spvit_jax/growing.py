@@ -44,7 +44,8 @@ class GrowingFile:
                 self._content += path.read_bytes()
             self._flushed = len(self._content)
         else:
-            self.write(b"")
+            with open(path, "ab"):
+                pass
 
     def write(self, data: bytes) -> None:
         """Appends bytes; on this machine they are on the disk when this returns.

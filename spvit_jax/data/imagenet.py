@@ -163,7 +163,7 @@ def _make(
     unfinished = final.with_name(f"{final.name}.unfinished-{key:08x}")
     unfinished.mkdir(parents=True, exist_ok=True)
     for path in unfinished.glob(".*.partial"):  # left by a process that was killed
-        path.rmtree()
+        path.unlink()
     needed = sum(image.num_bytes for images in found.values() for image in images)
     written = sum(paths.size(path) for path in unfinished.glob("*"))
     records.check_space(unfinished, needed - written)

@@ -6,6 +6,8 @@ ImageNet's records are made in `imagenet.py`; records are read in `sources.py`.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
@@ -47,12 +49,31 @@ def write(path: epath.Path, records: Iterable[tuple[str, bytes]]) -> None:
       InputError: the file cannot be written.
     """
     try:
-        with atomic.replacing(path) as temporary:
+        with _temporary(path) as temporary:
             ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(temporary, records)
     except (OSError, RuntimeError) as error:  # RuntimeError is ArrayRecord's
         raise InputError(
             f"cannot write {path}: {error}; what is finished is kept, and the same command goes on"
         ) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: epath.Path) -> Iterator[os.PathLike[str]]:
+    """Yields a temporary path for a file, and gives it its name.
+
+    On this machine it is always the same one: a file may be large, and what a killed process left
+    is overwritten.
+    """
+    if paths.is_remote(path):
+        with atomic.replacing(path) as temporary:
+            yield temporary
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_space(directory: epath.Path, needed: int) -> None:
