@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gcsfs import GCSFileSystem
 
 _GS = "gs://"
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?=/)|(gs|s3|hdfs|file|https?):")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3|hdfs|file|https?):|.*://)")
 _ROOTS = re.compile(r"/(gs|s3|az|hf)(/|$)")  # where epath keeps URLs among the local paths
 _TIMEOUT = 20  # seconds for the first answer of a bucket
 
@@ -51,13 +51,11 @@ def parse(text: str | os.PathLike[str]) -> epath.Path:
         if not bucket:
             raise InputError(f"{text} names no bucket; expected gs://BUCKET/NAME")
         _check_bucket(bucket)
-    elif match := _SCHEME.match(text):
+    elif _URL.match(text) or _ROOTS.match(text):
         raise InputError(
-            f"{text} begins with {match[0]}, which cannot be read or written here; expected a path "
-            "on this machine, or gs://BUCKET/NAME"
+            f"{text} names a place that cannot be read or written; expected a path on this "
+            "machine, or gs://BUCKET/NAME"
         )
-    elif _ROOTS.match(text):
-        raise InputError(f"{text} stands for a URL; expected gs://BUCKET/NAME, or another folder")
     return epath.Path(text)
 
 
