@@ -37,10 +37,10 @@ def folder(bucket, request):
 
 @pytest.mark.parametrize(
     "text",
-    (
+    [
         *("s3://b/x", "az://b/x", "hdfs://x", "hdfs:x", "http://x/y", "file:///x", "file:x"),
         *("gs:/b/x", "gs:b/x", "GS://b/x", "gs://", "gs:///x", "/gs/b/x", "runs/s3://x"),
-    ),
+    ],
 )
 def test_other_schemes_are_refused(text):
     with pytest.raises(InputError, match="expected") as error:
