@@ -14,7 +14,7 @@ from tests.helpers import REPOSITORY
 PACKAGE = REPOSITORY / "spvit_jax"
 # From the bottom up; parts of one layer know nothing of each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "help"},
     {"paths"},
     {"atomic", "growing"},
     {"classes", "kernels"},
@@ -27,7 +27,8 @@ LAYERS = (
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert"},
+    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {

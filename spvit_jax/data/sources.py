@@ -196,7 +196,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         if not builder.is_prepared():
             return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        hint = nearest(name, tfds.list_builders())
+        hint = nearest(name, tfds.list_builders(with_community_datasets=False))
         raise InputError(f"unknown data set {name!r}{hint}") from error
     array_record = FileFormat.ARRAY_RECORD.value
     if array_record in builder.info.as_proto.alternative_file_formats:
