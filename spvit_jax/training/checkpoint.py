@@ -164,9 +164,10 @@ class Checkpoints:
         except Exception as error:
             last = newest(self._workdir)
             there = "there is none yet" if last is None else f"the last one is of step {last}"
+            advice = "Start" if paths.is_remote(self._workdir) else "Make room and start"
             raise WriteError(
                 f"a checkpoint in {self._workdir} cannot be written: {_reason(error)}; {there}. "
-                "Make room and start the same command again to go on from it"
+                f"{advice} the same command again to go on from it"
             ) from error
 
     def _move_aside(self, directory: epath.Path) -> epath.Path:
@@ -373,6 +374,8 @@ def _reason(error: Exception) -> str:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))
+    if remote := re.findall(r"gs://\S+: ([^\[]+)", str(error)):
+        return remote[-1].strip()
     return getattr(error, "strerror", None) or first_line(error)
 
 
