@@ -95,6 +95,18 @@ def size(path: epath.Path) -> int:
     return path.stat().length if is_remote(path) else os.path.getsize(path)
 
 
+def modified(path: epath.Path) -> float:
+    """Returns when a file was last written, in seconds; of a bucket's, whole ones.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    if not is_remote(path):
+        return os.path.getmtime(path)
+    with reached():
+        return path.stat().mtime
+
+
 def check_writable(folder: epath.Path) -> None:
     """Checks that files can be written to a folder or, where it is not there yet, the one above it.
 

@@ -142,12 +142,12 @@ def _init_from(run: TrainingRun) -> tuple[None, str]:
 
 def _workdir(run: TrainingRun, workdir: epath.Path) -> tuple[None, str]:
     """Checks that a workdir can be written to, is not another run's, and has enough disk space."""
-    in_use = checkpoint.newest(workdir) is not None
-    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
     try:
         paths.check_writable(workdir)
     except OSError as error:
         raise InputError(f"{workdir} cannot be written to: {error}") from error
+    in_use = checkpoint.newest(workdir) is not None
+    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
     kept = run.config.checkpoint.keep_last + run.config.checkpoint.keep_best + 1
     needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract))
     words = f"{kept} checkpoints take {needed / _GIB:.1f} GiB"

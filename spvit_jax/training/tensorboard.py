@@ -43,6 +43,10 @@ class EventFile:
         """Puts what has been written where it survives this machine, as `GrowingFile.flush`."""
         self._file.flush()
 
+    def close(self) -> None:
+        """Puts all that has been written in its place, as `flush`."""
+        self.flush()
+
     def _append(self, event: Event) -> None:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
