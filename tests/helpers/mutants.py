@@ -130,10 +130,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
-        "gradients of queries and keys lack the scale",
+        "gradients of queries lack the scale",
         "kernels/fused.py",
-        "(dscores * plan.head_dim**-0.5).astype",
-        "dscores.astype",
+        "(dq * scale)",
+        "dq",
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
