@@ -309,6 +309,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "num_classes), smoothing * num_classes / (num_classes - 1))",
         "training/test_step.py::test_loss_of_each_head",
     ),
+    # The loss of a process.
+    Mutant(
+        "whoever was paused takes the others for lost",
+        "distributed/liveness.py",
+        "if newest - seen > _SILENCE",
+        "if time.monotonic() - seen > _SILENCE",
+        "distributed/test_liveness.py::test_a_pause_of_this_process_is_not_the_loss_of_others",
+    ),
+    Mutant(
+        "a process that counts is lost if it has been there for long",
+        "distributed/liveness.py",
+        "_counts[other] = count, now",
+        "_counts.setdefault(other, (count, now))",
+        "distributed/test_liveness.py::test_who_counts_no_longer_is_lost",
+    ),
+    Mutant(
+        "an error of JAX's own is taken for the loss of another process",
+        "distributed/failure.py",
+        "START_AGAIN if lost else FAILED",
+        "START_AGAIN",
+        "distributed/test_liveness.py::"
+        "test_an_abort_is_to_be_started_again_only_if_another_process_is_lost",
+    ),
     # The optimizer.
     Mutant(
         "the cosine ends at 0",
