@@ -8,8 +8,9 @@ from flax import nnx
 
 from spvit_jax.models.base import Tokens
 from spvit_jax.models.naming import named_leaves
+from spvit_jax.models.pyramid import PatchMerging
 from spvit_jax.models.spatial import LocalityMask
-from spvit_jax.models.swin import PatchMerging, WindowAttention
+from spvit_jax.models.swin import WindowAttention
 from tests.helpers import numpy_models
 from tests.helpers.variables import random_variables, run
 
