@@ -34,19 +34,6 @@ def offsets(grid: Grid) -> np.ndarray:
     return np.stack([dx, dy], axis=-1).astype(np.float32)
 
 
-def _toeplitz_1d(table: jax.Array) -> jax.Array:
-    """Expands a table [..., 2n-1] to T [..., n, n] with T[i, j] = table[j - i + n - 1].
-
-    Repeating the table with a period of 2n and reading it in rows of 2n-1 moves each row one
-    place to the right: the expansion costs one copy, and its gradient one sum, without a gather.
-    """
-    n = (table.shape[-1] + 1) // 2
-    lead = table.shape[:-1]
-    period = jnp.concatenate([table, jnp.zeros((*lead, 1), table.dtype)], axis=-1)
-    rows = jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)).reshape(*lead, 2 * n * n)
-    return rows[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
-
-
 def toeplitz(table: jax.Array) -> jax.Array:
     """Expands a table over offsets to a matrix over pairs of patches, exactly.
 
@@ -57,9 +44,25 @@ def toeplitz(table: jax.Array) -> jax.Array:
       [H, N, N] with N = h·w and entry [i, j] the value at the offset from patch i to patch j.
     """
     heads, h, w = table.shape[0], (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
-    rows = _toeplitz_1d(jnp.swapaxes(table, 1, 2))  # [H, 2w-1, yi, yj]
-    both = _toeplitz_1d(jnp.moveaxis(rows, 1, -1))  # [H, yi, yj, xi, xj]
-    return both.transpose(0, 1, 3, 2, 4).reshape(heads, h * w, h * w)
+    rows = _windows(table, 1)  # [H, xi, dy, xj]
+    # A query's keys are then consecutive in (dy, xj): copies that use all lanes of a TPU.
+    matrix = _windows(rows.reshape(heads, w, (2 * h - 1) * w), w)  # [H, yi, xi, (yj, xj)]
+    return matrix.reshape(heads, h * w, h * w)
+
+
+def _windows(x: jax.Array, stride: int) -> jax.Array:
+    """Stacks windows of the last axis, the one of the largest offset first.
+
+    Args:
+      x: [H, a, (2n-1)·stride].
+      stride: offset between two windows.
+
+    Returns:
+      [H, n, a, n·stride]; window i begins at (n-1-i)·stride.
+    """
+    n = (x.shape[-1] // stride + 1) // 2
+    starts = reversed(range(0, n * stride, stride))
+    return jnp.stack([x[..., start : start + n * stride] for start in starts], axis=1)
 
 
 def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:

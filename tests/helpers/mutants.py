@@ -47,23 +47,23 @@ MUTANTS: tuple[Mutant, ...] = (
     # The models.
     Mutant(
         "BatchNorm's momentum is 0.99",
-        "models/layers.py",
+        "models/stem.py",
         "momentum=0.9,",
         "momentum=0.99,",
         "models/test_layers.py::test_batch_norm_is_torchs",
     ),
     Mutant(
-        "one drop path key for both branches",
-        "models/block.py",
-        "jax.random.split(key)",
-        "(key, key)",
+        "both branches are lost together",
+        "models/layers.py",
+        "(len(rates), 2, examples))",
+        "(len(rates), 1, examples)).repeat(2, axis=1)",
         "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
     ),
     Mutant(
-        "one drop path key for all layers",
-        "models/base.py",
-        "jax.random.fold_in(key, layer)",
-        "key",
+        "all layers lose a branch together",
+        "models/layers.py",
+        "jax.random.bernoulli(key, keep_rate, (len(rates),",
+        "jax.random.bernoulli(key, keep_rate, (1,",
         "models/test_block.py::test_each_branch_of_each_layer_is_dropped_by_itself_at_timms_rate",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "one residual branch of LV-ViT is not divided by skip_lam",
         "models/block.py",
-        "self.scale2, keys[1], drop_path)",
-        "self.scale2, keys[1], drop_path) * self.skip_lam",
+        "self.scale2, second)",
+        "self.scale2, second) * self.skip_lam",
         "models/test_vit.py::test_logits_equal_the_reference",
     ),
     Mutant(

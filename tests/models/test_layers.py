@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from spvit_jax.models.layers import ConvStem
+from spvit_jax.models.stem import ConvStem
 
 
 def test_batch_norm_is_torchs():

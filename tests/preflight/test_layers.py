@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spvit_jax.models.layers import ConvStem
+from spvit_jax.models.stem import ConvStem
 from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
