@@ -1,6 +1,7 @@
-"""Kernels that compute the attention of `models/attention.py` faster, and nothing else.
+"""Kernels that compute what `models/` computes readably, faster, and nothing else.
 
-`fused` is all of softmax(G ⊙ QKᵀ/√d + B) V in one Pallas program for TPUs, for any G and B.
+`fused` is all of softmax(G ⊙ QKᵀ/√d + B) V in one Pallas program for TPUs, for any G and B;
+`position_conv` is SP-ViT's position convolution as another.
 """
 
 CONTEXT = "attention_context"  # `checkpoint_name` of a kernel's result, by which loops keep it

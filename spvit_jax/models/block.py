@@ -65,7 +65,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
-        self.pos_conv = PosConv(dim, dtype=dtype, rngs=rngs) if pos_conv else None
+        self.pos_conv = PosConv(dim, rngs=rngs) if pos_conv else None
         self.skip_lam = skip_lam
         self.residual_dtype = dtype if layer_scale is None else accumulation_dtype(dtype)
 

@@ -44,25 +44,11 @@ def toeplitz(table: jax.Array) -> jax.Array:
       [H, N, N] with N = h·w and entry [i, j] the value at the offset from patch i to patch j.
     """
     heads, h, w = table.shape[0], (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
-    rows = _windows(table, 1)  # [H, xi, dy, xj]
-    # A query's keys are then consecutive in (dy, xj): copies that use all lanes of a TPU.
-    matrix = _windows(rows.reshape(heads, w, (2 * h - 1) * w), w)  # [H, yi, xi, (yj, xj)]
-    return matrix.reshape(heads, h * w, h * w)
-
-
-def _windows(x: jax.Array, stride: int) -> jax.Array:
-    """Stacks windows of the last axis, the one of the largest offset first.
-
-    Args:
-      x: [H, a, (2n-1)·stride].
-      stride: offset between two windows.
-
-    Returns:
-      [H, n, a, n·stride]; window i begins at (n-1-i)·stride.
-    """
-    n = (x.shape[-1] // stride + 1) // 2
-    starts = reversed(range(0, n * stride, stride))
-    return jnp.stack([x[..., start : start + n * stride] for start in starts], axis=1)
+    rows = jnp.stack([table[..., w - 1 - x : 2 * w - 1 - x] for x in range(w)], axis=2)
+    # A query's keys are consecutive in (dy, xj): copies that use all lanes of a TPU.
+    rows = rows.swapaxes(1, 2).reshape(heads, w, (2 * h - 1) * w)  # [H, xi, (dy, xj)]
+    places = [slice((h - 1 - y) * w, (2 * h - 1 - y) * w) for y in range(h)]
+    return jnp.concatenate([rows[..., place] for place in places], axis=1)
 
 
 def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spvit_jax.models.implementation import platform
 from spvit_jax.models.initializers import conv_bias, conv_kernel
 from spvit_jax.models.layers import accumulation_dtype
-from spvit_jax.models.platform import platform
 
 LANES = 128  # channels that a TPU works on at once; an array of fewer is padded to as many
 
