@@ -170,8 +170,7 @@ def _backward_kernel(
     def _() -> None:
         dweights_ref[...] = jnp.zeros_like(dweights_ref)
 
-    def differentiate(image: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sums = list(sums)
+    def differentiate(image: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         _copy_prefix(grad_ref, dx_ref, image, num_prefix)
         for patches, rows in _neighbourhoods(grad_ref, image, grid, num_prefix):
             x = x_ref[image, patches, :].astype(jnp.float32)
@@ -184,10 +183,10 @@ def _backward_kernel(
                     dx += neighbours[column] * weights[weight]
                     sums[weight] += neighbours[column] * x
             dx_ref[image, patches, :] = dx.astype(dx_ref.dtype)
-        return tuple(sums)
+        return sums
 
     zeros = jnp.zeros((grid[1], _LANES), jnp.float32)
-    sums = jax.lax.fori_loop(0, x_ref.shape[0], differentiate, (zeros,) * (_BIAS + 1))
+    sums = jax.lax.fori_loop(0, x_ref.shape[0], differentiate, [zeros] * (_BIAS + 1))
     for row, total in enumerate(sums):
         dweights_ref[row, :] += total.sum(axis=0)
 

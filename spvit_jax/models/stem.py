@@ -53,8 +53,8 @@ class BatchNorm(nnx.BatchNorm):
         if self.use_running_average:
             mean, var = self.mean[...][None], self.var[...][None]
         else:
-            whole = self.group is None or len(x) <= self.group
-            x = x.reshape(1 if whole else len(x) // self.group, -1, *shape[1:])
+            group = min(self.group or len(x), len(x))
+            x = x.reshape(len(x) // group, group, *shape[1:])
             mean = self._mean(x)
             var = jnp.maximum(self._mean(jnp.square(x)) - jnp.square(mean), 0)
             for running, new in ((self.mean, mean), (self.var, var)):
@@ -65,8 +65,10 @@ class BatchNorm(nnx.BatchNorm):
             tiled = jnp.tile(value, shape[-1] // self.num_features)
             return tiled.reshape(-1, *[1] * (x.ndim - 2), shape[-1])
 
-        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
-        x = (x - over_pixels(mean)) * over_pixels(factor) + over_pixels(self.bias[...])
+        scale, bias = self.scale, self.bias
+        assert scale is not None and bias is not None  # this project's BatchNorm has both
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale[...]
+        x = (x - over_pixels(mean)) * over_pixels(factor) + over_pixels(bias[...])
         return x.reshape(shape)
 
     def _mean(self, groups: jax.Array) -> jax.Array:
@@ -148,7 +150,9 @@ class ConvStem(nnx.Module):
         size, _, width, dim = last.shape
         last = last.reshape(size, size // 2, 2 * width, dim)
         x = _conv(self._before_projection(x), last, strides=(size, size // 2))
-        return x + self.proj.bias[...].astype(self.dtype)
+        bias = self.proj.bias
+        assert bias is not None
+        return x + bias[...].astype(self.dtype)
 
     def _before_projection(self, x: jax.Array) -> jax.Array:
         return _unfused_gradient(x) if self.proj.out_features % 256 == 128 else x

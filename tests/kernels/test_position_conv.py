@@ -1,4 +1,4 @@
-"""The position convolution by XLA and by its kernel (in interpret mode) against torch's in float64."""
+"""The position convolution by XLA and by its kernel, in interpret mode, against torch's."""
 
 import functools
 

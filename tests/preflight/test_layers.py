@@ -22,7 +22,7 @@ def test_the_stem_can_be_trained(topology, dim):
 
     @jax.grad
     def gradient(weights, images, direction):
-        return (direction * nnx.merge(graph, weights)(images)).sum()
+        return (direction * nnx.merge(graph, weights).on_pairs(images)).sum()
 
     step = jax.jit(gradient, in_shardings=chip, out_shardings=chip)
     compiled = step.lower(*shapes).compile()
