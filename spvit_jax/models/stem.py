@@ -66,7 +66,8 @@ class BatchNorm(nnx.BatchNorm):
             return tiled.reshape(-1, *[1] * (x.ndim - 2), shape[-1])
 
         scale, bias = self.scale, self.bias
-        assert scale is not None and bias is not None  # this project's BatchNorm has both
+        assert scale is not None
+        assert bias is not None
         factor = jax.lax.rsqrt(var + self.epsilon) * scale[...]
         x = (x - over_pixels(mean)) * over_pixels(factor) + over_pixels(bias[...])
         return x.reshape(shape)
