@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed
+from spvit_jax import cli, compilation_cache, distributed
 from spvit_jax import plan as plan_lib
 from spvit_jax.errors import writing
 from spvit_jax.training import sharding
@@ -75,6 +75,7 @@ def main() -> None:
 
     def run() -> None:
         with distributed.joined(address()):
+            compilation_cache.start(config().compilation_cache)
             results = evaluate_checkpoint(
                 config(),
                 pathlib.Path(path.value),

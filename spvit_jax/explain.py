@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import cli, compilation_cache
 from spvit_jax import plan as plan_lib
 from spvit_jax.augment import mix
 from spvit_jax.models import Model
@@ -193,6 +193,7 @@ def main() -> None:
     weights = cli.weights_flags()
 
     def run() -> None:
+        compilation_cache.start(config().compilation_cache)
         folder = pathlib.Path(output.value)
         result = explain(config(), pathlib.Path(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")

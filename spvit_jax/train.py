@@ -15,7 +15,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs
+from spvit_jax import cli, compilation_cache, distributed, logs
 from spvit_jax import plan as plan_lib
 from spvit_jax.logs import log
 from spvit_jax.plan import TrainingPlan
@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     total_steps = run.steps
     if not dry_run:
         plan.claim(workdir)
+        compilation_cache.start(config.compilation_cache, workdir)
     logs.start_run(None if dry_run else workdir)
     report.summarize(run)
     if dry_run:

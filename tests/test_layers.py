@@ -20,7 +20,7 @@ LAYERS = (
     {"models"},
     {"distributed"},
     {"logs", "config"},
-    {"recipes", "augment", "interop"},
+    {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
     {"weights"},
     {"preflight"},

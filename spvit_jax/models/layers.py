@@ -34,7 +34,17 @@ class Mlp(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Computes the exact GELU, x·Φ(x), by erf as torch does (arXiv 1606.08415).
+
+    In float32 at least, rounded once. `jax.nn.gelu` takes erfc, for which a TPU writes a second
+    array of the hidden width to memory.
+    """
+    precise = x.astype(accumulation_dtype(x.dtype))
+    return (0.5 * precise * (1 + jax.lax.erf(precise * 0.5**0.5))).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
