@@ -45,6 +45,9 @@ _CHANGEABLE = (
     "data.threads",
     "data.eval_batch_size",
     "data.max_unreadable",
+    "stall_timeout",
+    "profile",
+    "wandb",
 )
 
 
@@ -140,6 +143,14 @@ def base() -> ConfigDict:
     checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
     config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
     config.init_new_head = False  # whether a head for other classes may be replaced by a new one
+
+    # Seconds without the end of a step after which a run that stands still is ended, or 30 median
+    # steps if they are longer; six times that for compiling, evaluating and saving; 0: never.
+    config.stall_timeout = 300.0
+    config.profile = profile = ConfigDict()
+    profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
+    profile.steps = 5  # steps in a trace
+    config.wandb = placeholder(str)  # project of Weights & Biases to report to as well
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

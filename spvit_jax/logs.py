@@ -10,6 +10,8 @@ import logging
 import logging.handlers
 import pathlib
 import sys
+import time
+from typing import Self
 
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ log = logging.getLogger("spvit_jax")
 
 # Each process reads its own part of the data and logs what is wrong with it.
 _DATA = "spvit_jax.data"
+_LINE_EVERY = 10.0  # seconds between lines of progress
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
@@ -42,6 +45,50 @@ class _File(logging.FileHandler):
         del record
         log.removeHandler(self)
         log.warning("warning: %s goes no further: %s", self.baseFilename, sys.exc_info()[1])
+
+
+class Progress:
+    """Progress of a loop: a bar on a terminal, else a line at intervals; a context manager.
+
+    Of several processes the first one shows it.
+    """
+
+    def __init__(self, name: str, total: int, unit: str):
+        """Begins at 0.
+
+        Args:
+          name: what goes on, the beginning of each line.
+          total: number of advances until the end.
+          unit: what is counted, in the singular.
+        """
+        self._name, self._total, self._unit, self._done = name, total, unit, 0
+        self._shows = distributed.is_primary()
+        self._next_line = time.monotonic() + _LINE_EVERY
+
+    def __enter__(self) -> Self:
+        on_terminal = self._shows and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._total,
+            desc=self._name,
+            unit=self._unit,
+            disable=not on_terminal,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._shows = self._shows and not on_terminal
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts one more."""
+        self._done += 1
+        self._bar.update()
+        now = time.monotonic()
+        if self._shows and now >= self._next_line:
+            self._next_line = now + _LINE_EVERY
+            distributed.say(f"{self._name}: {self._unit} {self._done} of {self._total}")
 
 
 def start() -> None:

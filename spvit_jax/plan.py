@@ -34,7 +34,7 @@ from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.implementation import check_platform
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, optimizer, sharding
+from spvit_jax.training import checkpoint, optimizer, sharding, wandb_writer
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.run import DataSize, TrainingRun
@@ -111,6 +111,12 @@ class EvaluationPlan:
     mesh: Mesh
     eval_step: Callable[[Variables, Any], Metrics]
 
+    @property
+    def num_batches(self) -> int:
+        """Number of the batches of one evaluation."""
+        size = sharding.round_up(self.config.data.eval_batch_size, self.mesh)
+        return -(-len(self.source) // size)
+
     def load(self) -> Variables:
         """Reads the weights onto the mesh; raises as `Weights.load`."""
         return self.weights.load(self.model, self.mesh, preset=self.config.mesh.sharding)
@@ -145,6 +151,7 @@ def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
       InputError: the configuration, the data or the weights cannot be used.
     """
     check_names(config)
+    wandb_writer.check_installed(config.wandb)
     splits = datasets.open_splits(config.data, seed=config.seed)
     label_maps = open_label_maps(config, splits.whole)
     size = DataSize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -15,13 +16,13 @@ from typing import Any, NoReturn
 
 import jax
 
-from spvit_jax.distributed.coordination import PREFIX, rank_and_size, say, store
-from spvit_jax.errors import exit_code
+from spvit_jax.distributed.coordination import PREFIX, is_formed, rank_and_size, say, store
+from spvit_jax.errors import FAILED, exit_code
 
 _POLL = 1.0  # seconds between looks at whether another process has failed
 _READ_TIMEOUT = 10.0  # seconds that a failing process waits for the others to read its error
 
-_ending = threading.Lock()  # one error is reported: this process's or another's
+_ending = threading.RLock()  # one error is reported: this process's or another's
 _callbacks: list[Any] = []  # functions that C calls, which must not be garbage-collected
 
 
@@ -38,10 +39,12 @@ def watch(done: threading.Event) -> None:
         except jax.errors.JaxRuntimeError:
             return  # the coordinator is lost, which JAX handles itself
         for key, notice in sorted(notices):
-            failed_rank, (code, message) = key.rpartition("/")[2], json.loads(notice)
+            failed_rank, (code, message, stacks) = key.rpartition("/")[2], json.loads(notice)
             if int(failed_rank) != rank and _ending.acquire(blocking=False):
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     client.key_value_set(f"{PREFIX}/read/{rank}", "")
+                if stacks:
+                    faulthandler.dump_traceback(file=2)
                 end(code, f"error: process {failed_rank} has stopped: {message}")
 
 
@@ -56,16 +59,31 @@ def fail(error: BaseException) -> NoReturn:
     message = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in message:
         message = f"another process of the cluster was lost ({message})"
-    elif code is None:
+    elif code is None and not isinstance(error, TimeoutError):
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {message}"
-    code = code or 1
+    stop(code or FAILED, message, stacks=isinstance(error, TimeoutError))
+
+
+def stop(code: int, message: str, *, stacks: bool = False) -> NoReturn:
+    """Ends this process with an error line, after the other processes have read it.
+
+    Args:
+      code: exit code, also of the other processes.
+      message: the error.
+      stacks: whether this process and the others first print what each of their threads does.
+    """
+    _ending.acquire()
+    if stacks:
+        faulthandler.dump_traceback(file=2)
     say(f"error: {message}")
+    if not is_formed():
+        end(code)
     client, (rank, size) = store(), rank_and_size()
     others = {str(other) for other in range(size) if other != rank}
     deadline = time.monotonic() + _READ_TIMEOUT
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone
-        client.key_value_set(f"{PREFIX}/failed/{rank}", json.dumps([code, message]))
+        client.key_value_set(f"{PREFIX}/failed/{rank}", json.dumps([code, message, stacks]))
         while others and time.monotonic() < deadline:
             time.sleep(_POLL / 10)
             for folder in ("read", "failed"):

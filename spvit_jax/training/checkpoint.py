@@ -101,10 +101,19 @@ class Checkpoints:
         Raises:
           WriteError: this checkpoint, or the one before it, cannot be written.
         """
-        if step not in self._manager.all_steps():
+        exists = step in self._manager.all_steps()
+        if exists and metrics is not None and not self.has_metrics(step):
+            # Saved when a SIGTERM came during its evaluation. Metrics cannot be added to it.
+            self._manager.delete(step)
+            exists = False
+        if not exists:
             item = ocp.args.PyTreeSave(_to_tree(state), custom_metadata=self._metadata)
             with self._writable():
                 self._manager.save(step, args=item, metrics=metrics)
+
+    def has_metrics(self, step: int) -> bool:
+        """Returns whether there is a checkpoint of a step with the metrics of its evaluation."""
+        return step in self._manager.all_steps() and self._manager.metrics(step) is not None
 
     def wait(self) -> None:
         """Waits until all processes have written everything that was saved to disk.

@@ -396,6 +396,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "flip_seed) > self.flip",
         "data/test_crops.py::test_flip_happens_with_its_probability",
     ),
+    # A run's times, and its end.
+    Mutant(
+        "input is waited for while the devices are busy",
+        "training/timeline.py",
+        "self._seconds[STEP] += hidden\n                rest -= hidden",
+        "pass",
+        "training/test_timeline.py::test_input_is_waited_for_only_while_the_devices_have_nothing_to_do",
+    ),
+    Mutant(
+        "what is traced within a trace is counted twice",
+        "training/timeline.py",
+        "[span for span in self._compiled if span[0] < start]",
+        "self._compiled",
+        "training/test_timeline.py::test_each_second_is_of_one_phase",
+    ),
+    Mutant(
+        "a run ends though one process still has time for its checkpoint",
+        "distributed/watchdog.py",
+        "if any(answer.left > 0",
+        "if all(answer.left > 0",
+        "distributed/test_watchdog.py::test_a_process_that_still_has_time_is_waited_for",
+    ),
+    Mutant(
+        "a run that stands still before any checkpoint is started for ever",
+        "distributed/watchdog.py",
+        "START_AGAIN if current.has_saved else FAILED",
+        "START_AGAIN",
+        "distributed/test_watchdog.py::test_a_process_that_stands_still_ends_with_its_stacks",
+    ),
+    Mutant(
+        "an evaluation that a SIGTERM ended is not made up for",
+        "training/checkpoint.py",
+        "return step in self._manager.all_steps() and self._manager.metrics(step) is not None",
+        "return step in self._manager.all_steps()",
+        "test_train.py::test_a_sigterm_during_an_evaluation_is_seen_between_its_batches",
+    ),
     # The device's side of the data.
     Mutant(
         "MixUp's λ is uniform",
