@@ -189,7 +189,7 @@ def _model(
         raise InputError("--arch and --config both name a model; give one of them")
     if config:
         return config_lib.model_settings(config, num_classes=1000)
-    return model_config(arch, image_size=image_size or 224) if arch else None
+    return model_config(arch, image_size=image_size) if arch else None
 
 
 if __name__ == "__main__":

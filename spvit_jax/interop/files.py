@@ -28,7 +28,7 @@ log = logging.getLogger("spvit_jax")
 _NOTE = "spvit_jax"  # key of the model's description in files written here
 SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 # Files of weights in a folder of a model hub; the first that exists is read.
-_IN_FOLDER = (
+IN_FOLDER = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"),
 )
@@ -129,7 +129,7 @@ def check_name(path: pathlib.Path) -> None:
 
 
 def _in_folder(path: pathlib.Path) -> pathlib.Path | None:
-    return next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+    return next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
 
 
 def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[Any, Any], Any]:
