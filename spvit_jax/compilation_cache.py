@@ -38,7 +38,8 @@ def start(folder: str | None, workdir: epath.PathLike | None = None) -> None:
     jax.config.update("jax_enable_compilation_cache", folder != OFF)
     if folder == OFF:
         return
-    path = epath.Path(folder or jax.config.jax_compilation_cache_dir or _default(workdir))
+    jaxs_own = jax.config.values["jax_compilation_cache_dir"]
+    path = epath.Path(folder or jaxs_own or _default(workdir))
     reason = _create(path)
     if reason is not None:
         log.warning("warning: programs are compiled at each start: %s: %s", path, reason)
