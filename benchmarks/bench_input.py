@@ -28,7 +28,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from spvit_jax.data import pipeline
-from spvit_jax.data.crops import TrainTransform
+from spvit_jax.data.augmentation import Augmentation, RandAugment
+from spvit_jax.data.crops import TrainImage, TrainTransform
 from spvit_jax.data.folders import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config
@@ -96,12 +97,10 @@ class Stage(TrainTransform):
 
     process: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = read
 
-    def with_box(
-        self, encoded: tf.Tensor, seed: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def with_geometry(self, encoded: tf.Tensor, seed: tf.Tensor) -> TrainImage:
         """Returns a single number for the image, so that batching takes no time."""
-        result = self.process(encoded, seed)
-        return tf.reduce_sum(tf.cast(result[:1, :1], tf.int32)), tf.zeros([4]), tf.constant(False)
+        first = tf.reduce_sum(tf.cast(self.process(encoded, seed)[:1, :1], tf.int32))
+        return TrainImage(first, tf.zeros([4]), tf.constant(False), tf.eye(3))
 
 
 def timm_batches(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[object]:
