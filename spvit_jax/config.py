@@ -103,6 +103,7 @@ def base() -> ConfigDict:
     token_labels.official_axes = False  # take x for y where the authors' code does
 
     config.loss = loss = ConfigDict()
+    loss.name = "cross_entropy"  # or one that training.losses.register_loss has added
     loss.label_smoothing = 0.1  # fraction of the target spread over all classes
     loss.dense_weight = 1.0  # weight of the loss of a dense head, where the model has one
 

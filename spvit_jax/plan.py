@@ -32,6 +32,7 @@ from spvit_jax.data.token_labels.store import open_label_maps
 from spvit_jax.errors import InputError
 from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
+from spvit_jax.models.implementation import check_platform
 from spvit_jax.models.resize import check_classes
 from spvit_jax.training import checkpoint, optimizer, sharding
 from spvit_jax.training import run as run_lib
@@ -235,6 +236,7 @@ def evaluation(
     model = config_lib.model_settings(config, num_classes=source.num_classes)
     model = found.adopt_layer_kinds(model)
     found.check(model)
+    check_platform(model.attention, sharding.platform(mesh))
     settings = StepSettings.of(config, num_classes=source.num_classes)
     step = jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings))
     return EvaluationPlan(config, model, found, source, mesh, step)
@@ -307,6 +309,7 @@ def training_run(
         config, num_classes=data.num_classes, grid=model.grid if data.label_map else None
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_platform(model.attention, sharding.platform(mesh))
     sharding.check_batch_size(config.data.batch_size, mesh, settings.accumulate)
     mix.check_group_size(config)
     return run_lib.build(config, model, settings, mesh, data, teacher)

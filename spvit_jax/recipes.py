@@ -1,6 +1,8 @@
-"""Recipes that several files in `configs/` share: DeiT's, and LV-ViT's with token labels."""
+"""What the recipes in `configs/` share: where they are, DeiT's, and LV-ViT's with token labels."""
 
 from __future__ import annotations
+
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -18,6 +20,17 @@ _TOKEN_LABELLING = {
     "spvit_m": (1024, 1.6e-3, 128, 16),
     "spvit_l": (800, 6e-4, 512, 16),
 }
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """Returns the files of the recipes that come with the package, by name, such as "spvit"."""
+    package = pathlib.Path(__file__).parent
+    # In an installed package they are inside it, in a checkout beside it.
+    folder = next(
+        (path for path in (package / "configs", package.parent / "configs") if path.is_dir()), None
+    )
+    files = [] if folder is None else sorted(folder.glob("*.py"))
+    return {path.stem: path for path in files}
 
 
 def deit(model: str, *, epochs: int) -> ConfigDict:

@@ -335,7 +335,8 @@ def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
 def _known(config: ModelConfig | None, where: object) -> ModelConfig:
     if config is None:
         raise InputError(f"{where} does not say what model it is of; name it with --arch")
-    return config
+    # How the weights were trained does not say on what devices they are used now.
+    return dataclasses.replace(config, attention="auto")
 
 
 def _name_in_model(name: str) -> str:

@@ -14,7 +14,7 @@ from tests.helpers import REPOSITORY
 PACKAGE = REPOSITORY / "spvit_jax"
 # From the bottom up; parts of one layer know nothing of each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "help"},
     {"atomic"},
     {"classes", "kernels"},
     {"models"},
@@ -26,7 +26,8 @@ LAYERS = (
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert"},
+    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,19 +25,35 @@ log = logging.getLogger("spvit_jax.data")
 MINIVAL = "minival"  # split name of the examples that data.minival holds out of training
 _MINIVAL_SEED = 0  # not the run's: runs with other seeds are compared on the same images
 
+_REGISTERED: dict[str, Callable[[str, str], Source]] = {}
+
+
+def register_dataset(name: str, open_split: Callable[[str, str], Source]) -> None:
+    """Adds a data set, which `data.dataset` then names; it comes before one of TFDS.
+
+    Args:
+      name: name of the data set.
+      open_split: returns the examples of (split, data_dir); raises an `InputError` for a split that
+        does not exist.
+    """
+    _REGISTERED[name] = open_split
+
 
 def load(name: str, split: str, data_dir: str) -> Source:
     """Opens one split of a data set; prepares the data set first where that needs no archives.
 
     Args:
-      name: "digits", the name of any TFDS data set of images with labels, or "folder:PATH" for
-        a folder with one sub-folder per split and in it one per class.
+      name: "digits", the name of any TFDS data set of images with labels or of one that
+        `register_dataset` has added, or "folder:PATH" for a folder with one sub-folder per split
+        and in it one per class.
       split: name of the split, for TFDS also a slice such as "train[:1%]".
       data_dir: folder of the TFDS data sets.
 
     Raises:
       InputError: the data set or split does not exist or cannot be read.
     """
+    if name in _REGISTERED:
+        return _REGISTERED[name](split, data_dir)
     if (root := _folder(name)) is not None:
         return folders.FolderSource(root, split)
     return TfdsSource(name, split, data_dir)

@@ -40,9 +40,10 @@ __all__ = [
     "list_models",
     "model_config",
     "read_image_size",
+    "register_model",
 ]
 
-FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig, CaiTConfig, SwinConfig)
+FAMILIES: list[type[ModelConfig]] = [ViTConfig, CaiTConfig, SwinConfig]
 
 
 def _deit(dim: int, num_heads: int, *, distilled: bool = False) -> ViTConfig:
@@ -165,6 +166,38 @@ _EVALUATION_PROTOCOLS = (
 )
 
 
+_OWN_PROTOCOLS: dict[str, EvaluationProtocol] = {}  # of models that `register_model` adds
+
+
+def register_model(
+    name: str, config: ModelConfig, protocol: EvaluationProtocol = EvaluationProtocol(0.875)
+) -> None:
+    """Adds a model to the registry, by whose name commands and `create_model` find it.
+
+    Args:
+      name: name of the model, which must be new.
+      config: configuration of the model at 224 pixels and 1000 classes; of a family of this package
+        or of another subclass of `ModelConfig`, whose fields then are fields of `config.model` too.
+      protocol: evaluation protocol at every image size.
+
+    Raises:
+      InputError: the name is taken by another model, or the family's by another class.
+    """
+    if name in _MODELS:
+        if config != _MODELS[name]:
+            raise InputError(f"there is a model {name!r} already; give yours another name")
+        return
+    family = type(config)
+    if family not in FAMILIES:
+        if family.__name__ in {known.__name__ for known in FAMILIES}:
+            raise InputError(
+                f"there is a family {family.__name__!r} already; give your class another name"
+            )
+        FAMILIES.append(family)
+    _MODELS[name] = config
+    _OWN_PROTOCOLS[name] = protocol
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of the models that match a shell pattern such as "spvit*"."""
     return sorted(fnmatch.filter(_MODELS, pattern))
@@ -180,6 +213,8 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
       InputError: the name is unknown.
     """
     _check_name(name)
+    if name in _OWN_PROTOCOLS:
+        return _OWN_PROTOCOLS[name]
     small, large = next(
         protocols for pattern, *protocols in _EVALUATION_PROTOCOLS if fnmatch.fnmatch(name, pattern)
     )

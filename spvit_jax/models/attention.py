@@ -1,7 +1,8 @@
 """Attention with a gain and a bias, softmax(G ⊙ QKᵀ/√d + B) V, and the module around it.
 
 The gain G and the bias B are computed in `spatial.py`; blocks are stacked in `vit.py`, `cait.py`
-and `swin.py`. Every attention of every model goes through `attention` below.
+and `swin.py`. Every attention of every model is `attention` below, or a kernel that computes the
+same faster (`implementation.py` says which).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spvit_jax.kernels.fused import fused_attention
+from spvit_jax.models import implementation as implementations
+from spvit_jax.models.implementation import Implementation
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
@@ -110,6 +114,7 @@ class Attention(nnx.Module):
       mask: neighbourhood to which the first heads are masked, or None.
       mix_scores: talking heads before the softmax, or None.
       mix_weights: talking heads after the softmax, or None.
+      implementation: implementation of the attention, or "auto".
     """
 
     def __init__(
@@ -122,10 +127,14 @@ class Attention(nnx.Module):
         prior_extent: int | None = None,
         mask: LocalityMask | None = None,
         talking_heads: bool = False,
+        implementation: Implementation = "auto",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        other_scores = "talking heads" if talking_heads else None
+        implementations.check(implementation, dim // num_heads, dtype, other_scores=other_scores)
         self.num_heads = num_heads
+        self.implementation = implementation
         self.qkv = nnx.Linear(
             dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
@@ -160,15 +169,27 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
-        q, k, v = self._qkv(x)
-        mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
-        out = attention(q, k, v, self.gain(grid, num_prefix), self.bias(grid, num_prefix), **mix)
+        out = self.attend(self._project(x), grid, num_prefix)
         with jax.named_scope("proj"):
-            return self.proj(out.reshape(x.shape))
+            return self.proj(out)
+
+    def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+        """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
+        gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
+        match self._choose(qkv):
+            case "fused" | "fused_interpret" as name:
+                interpret = name == "fused_interpret"
+                with jax.named_scope("attention"):
+                    return fused_attention(qkv, self.num_heads, gain, bias, interpret=interpret)
+            case _:
+                mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
+                q, k, v = self._split_heads(qkv)
+                out = attention(q, k, v, gain, bias, **mix)
+                return out.reshape(*qkv.shape[:-1], -1)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
-        q, k, _ = self._qkv(x)
+        q, k, _ = self._split_heads(self._project(x))
         mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
         gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
         return attention_weights(q, k, gain, bias, **mix)
@@ -177,8 +198,21 @@ class Attention(nnx.Module):
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
 
+    def _choose(self, qkv: jax.Array) -> Implementation:
+        """Returns the implementation for a projection [B, n, 3D]."""
+        if self.mix_scores is not None:
+            return "xla"
+        num_tokens, columns = qkv.shape[1:]
+        head_dim = columns // 3 // self.num_heads
+        return implementations.choose(self.implementation, num_tokens, head_dim, qkv.dtype)
+
     @jax.named_scope("qkv")
-    def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Projects x to queries, keys and values [B, n, H, d]; columns are ordered [3, H, d]."""
-        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
+    def _project(self, x: jax.Array) -> jax.Array:
+        """Projects x [B, n, D] to queries, keys and values [B, n, 3D], columns [3, H, d]."""
+        return self.qkv(x)
+
+    @jax.named_scope("qkv")
+    def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Splits a projection [B, n, 3D] into queries, keys and values [B, n, H, d]."""
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1)
         return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]

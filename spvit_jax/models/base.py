@@ -18,6 +18,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.models import loop
 from spvit_jax.models.block import Block
 from spvit_jax.models.fields import check_fields
+from spvit_jax.models.implementation import Implementation
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed, accumulation_dtype
 from spvit_jax.models.loop import Segment, find_segments
@@ -54,6 +55,9 @@ class ModelConfig:
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
 
     # Execution.
+    # "xla", "fused" (a kernel for TPUs), "fused_interpret" (the same anywhere, slowly, for tests),
+    # or "auto" for the fastest on the devices
+    attention: Implementation = "auto"
     dtype: str = "float32"  # of the computation, or "bfloat16"; parameters are float32
     remat: bool = False  # recompute each block in the backward pass to save memory
     scan: bool = False  # run like blocks as one loop, which compiles fast at any depth

@@ -144,6 +144,7 @@ def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         qkv_bias=config.qkv_bias,
         mask=config.mask(layer),
         talking_heads=True,
+        implementation=config.attention,
         dtype=dtype,
         rngs=rngs,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_macs(config: ModelConfig) -> int:
     """Returns the multiply-adds of a model's convolutions and matrix products for one image."""
-    graphdef, state = nnx.split(config.abstract())
+    # Products in a kernel are hidden from the count, and are the same as XLA's.
+    graphdef, state = nnx.split(dataclasses.replace(config, attention="xla").abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
 
@@ -50,6 +52,10 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
         elif eqn.params.get("name") == "depthwise_conv":
             # Shifted products, which count as the convolution that they are.
             total += outputs * math.prod(shapes[1][:2])
+        elif eqn.params.get("name") == "neighbour_products":
+            total += outputs * shapes[0][1]  # channels of each product
+        elif eqn.params.get("name") == "neighbour_sum":
+            total += outputs * shapes[0][0]  # neighbours
         else:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             total += times * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))

@@ -171,6 +171,7 @@ def _block(config: ViTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         spatial_prior=layer < config.spatial_layers,
         prior_extent=config.prior_extent,
         mask=config.mask(layer),
+        implementation=config.attention,
         dtype=dtype,
         rngs=rngs,
     )

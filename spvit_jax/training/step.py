@@ -30,6 +30,7 @@ class StepSettings:
     Attributes:
       num_classes: number of classes, C.
       transform: normalisation, erasing and mixing of a batch.
+      loss: training loss.
       label_smoothing: fraction of a target that is spread over all classes.
       dense_weight: weight of the dense head's loss.
       grid: grid of the tokens to which label maps are aligned; None without label maps.
@@ -41,6 +42,7 @@ class StepSettings:
 
     num_classes: int
     transform: BatchTransform
+    loss: losses.Loss = losses.classification_loss
     label_smoothing: float = 0.0
     dense_weight: float = 1.0
     grid: Grid | None = None
@@ -61,6 +63,7 @@ class StepSettings:
         return cls(
             num_classes=num_classes,
             transform=BatchTransform.of(config),
+            loss=losses.find_loss(config.loss.name),
             label_smoothing=config.loss.label_smoothing,
             dense_weight=config.loss.dense_weight,
             grid=grid,
@@ -202,7 +205,7 @@ def _gradients(
     ) -> tuple[jax.Array, tuple[nnx.State, jax.Array]]:
         module = model.replace(params=params, stats=stats).model(train=True)
         outputs, targets = _outputs(module, images, targets, key, settings)
-        loss = losses.classification_loss(outputs, targets, settings.dense_weight)
+        loss = settings.loss(outputs, targets, settings.dense_weight)
         correct = outputs.evaluation_logits().argmax(-1) == targets.label.argmax(-1)
         return loss, (nnx.state(module, nnx.Not(nnx.Param)), correct.sum())
 

@@ -1,0 +1,6 @@
+"""Kernels that compute the attention of `models/attention.py` faster, and nothing else.
+
+`fused` is all of softmax(G ⊙ QKᵀ/√d + B) V in one Pallas program for TPUs, for any G and B.
+"""
+
+CONTEXT = "attention_context"  # `checkpoint_name` of a kernel's result, by which loops keep it

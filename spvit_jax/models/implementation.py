@@ -1,0 +1,92 @@
+"""Choice of the implementation of attention: XLA's products, or a kernel of `spvit_jax.kernels`.
+
+A further implementation is a name in `Implementation`, a case in `choose`, and a case in
+`Attention.attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from spvit_jax.errors import InputError
+from spvit_jax.kernels import fused
+
+Implementation = Literal["auto", "xla", "fused", "fused_interpret"]
+
+_KERNELS = ("fused", "fused_interpret")
+
+
+def choose(
+    requested: Implementation, num_tokens: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> Implementation:
+    """Returns the implementation that computes an attention: never "auto".
+
+    Args:
+      requested: a name, or "auto" for the fastest on the devices of the program being traced.
+      num_tokens: number of tokens, prefix included.
+      head_dim: width d of a head.
+      dtype: dtype of queries, keys and values.
+
+    Raises:
+      InputError: as `check_platform`.
+    """
+    if requested != "auto":
+        check_platform(requested, platform())
+        return requested
+    if platform() == "tpu" and fused.supports(head_dim, dtype):
+        return "fused"
+    return "xla"
+
+
+def platform() -> str:
+    """Returns the platform that a program is traced for: that of the mesh in context, if any."""
+    # Not of this process's devices: `preflight` compiles for TPUs in a process on a CPU.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def check_platform(requested: Implementation, platform: str) -> None:
+    """Raises an `InputError` if an implementation does not run on a platform such as "cpu"."""
+    if requested == "fused" and platform != "tpu":
+        raise InputError(
+            f"attention is 'fused', a kernel for TPUs, and the devices are {platform.upper()}s; "
+            "choose 'auto' or 'xla', or for tests 'fused_interpret', which runs it slowly anywhere"
+        )
+
+
+def check(
+    requested: Implementation,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    other_scores: str | None = None,
+) -> None:
+    """Checks that an implementation computes what a layer of attention needs.
+
+    Args:
+      requested: as in `choose`.
+      head_dim: width d of a head.
+      dtype: dtype of the computation.
+      other_scores: what the layer does to scores beside a gain and a bias that are the same for
+        all images, in words; None for nothing.
+
+    Raises:
+      InputError: it does not.
+    """
+    if requested not in _KERNELS:
+        return
+    if other_scores is not None:
+        raise InputError(
+            f"attention is {requested!r}, a kernel that does not know {other_scores}; "
+            "choose 'auto' or 'xla'"
+        )
+    if not fused.supports(head_dim, dtype):
+        widths, dtypes = fused.HEAD_DIMS, " or ".join(fused.DTYPES)
+        raise InputError(
+            f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "
+            f"kernel knows widths of {widths[0]} to {widths[-1]} in {dtypes}: choose 'auto' or "
+            "'xla'"
+        )
