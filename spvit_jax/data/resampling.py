@@ -56,31 +56,16 @@ def warp(image: np.ndarray, matrix: np.ndarray, bicubic: bool, fill: np.ndarray)
       bicubic: whether to interpolate by Pillow's bicubic filter (a = -1), not bilinearly.
       fill: uint8 [3], colour of pixels that come from outside the image.
     """
-    h, w, _ = image.shape
-    source = _padded(image)
-    result = np.empty_like(image)
+    h = image.shape[0]
+    if matrix[1, 0] == 0 and matrix[1, 1] == 1 and matrix[1, 2] == 0:
+        return _warp_along_rows(image, matrix, bicubic, fill)
+    if matrix[0, 0] == 1 and matrix[0, 1] == 0 and matrix[0, 2] == 0:
+        swapped = np.eye(3)
+        swapped[0] = matrix[1, 1], matrix[1, 0], matrix[1, 2]
+        return _transposed(_warp_along_rows(_transposed(image), swapped, bicubic, fill))
+    source, result = _padded(image), np.empty_like(image)
     for y in range(h):
-        for x in range(w):
-            source_x = matrix[0, 0] * (x + 0.5) + matrix[0, 1] * (y + 0.5) + matrix[0, 2]
-            source_y = matrix[1, 0] * (x + 0.5) + matrix[1, 1] * (y + 0.5) + matrix[1, 2]
-            inside = 0 <= source_x < w and 0 <= source_y < h
-            left, top = math.floor(source_x - 0.5), math.floor(source_y - 0.5)
-            dx, dy = source_x - 0.5 - left, source_y - 0.5 - top
-            i, j = top + _PADDING, left + _PADDING
-            for c in range(3):
-                if not inside:
-                    result[y, x, c] = fill[c]
-                    continue
-                value = _between(source, i, j, c, dx, bicubic)
-                if dy != 0:  # most maps keep the rows or the columns in place
-                    below = _between(source, i + 1, j, c, dx, bicubic)
-                    if bicubic:
-                        above = _between(source, i - 1, j, c, dx, bicubic)
-                        last = _between(source, i + 2, j, c, dx, bicubic)
-                        value = _cubic(above, value, below, last, dy)
-                    else:
-                        value += (below - value) * dy
-                result[y, x, c] = int(min(max(value, 0.0), 255.0))
+        _warp_row(source, matrix, bicubic, fill, y, result)
     return result
 
 
@@ -170,17 +155,92 @@ def _bicubic_filter(x: float) -> float:
 
 
 @compiled
+def _warp_row(
+    source: np.ndarray,
+    matrix: np.ndarray,
+    bicubic: bool,
+    fill: np.ndarray,
+    y: int,
+    result: np.ndarray,
+) -> None:
+    """Fills a row of `result` by a map into the image whose padded form is `source`."""
+    h, w, _ = result.shape
+    for x in range(w):
+        source_x = matrix[0, 0] * (x + 0.5) + matrix[0, 1] * (y + 0.5) + matrix[0, 2]
+        source_y = matrix[1, 0] * (x + 0.5) + matrix[1, 1] * (y + 0.5) + matrix[1, 2]
+        inside = 0 <= source_x < w and 0 <= source_y < h
+        left, top = math.floor(source_x - 0.5), math.floor(source_y - 0.5)
+        dx, dy = source_x - 0.5 - left, source_y - 0.5 - top
+        i, j = top + _PADDING, left + _PADDING
+        for c in range(3):
+            if not inside:
+                result[y, x, c] = fill[c]
+                continue
+            value = _between(source, i, j, c, dx, bicubic)
+            below = _between(source, i + 1, j, c, dx, bicubic)
+            if bicubic:
+                above = _between(source, i - 1, j, c, dx, bicubic)
+                last = _between(source, i + 2, j, c, dx, bicubic)
+                value = _cubic(above, value, below, last, dy)
+            else:
+                value += (below - value) * dy
+            result[y, x, c] = _pixel(value)
+
+
+@compiled
+def _warp_along_rows(
+    image: np.ndarray, matrix: np.ndarray, bicubic: bool, fill: np.ndarray
+) -> np.ndarray:
+    """Warps an image as `warp` does, by a map that leaves each pixel in its row, as vector code."""
+    h, w, _ = image.shape
+    source, result = _padded(image), np.empty_like(image)
+    shares = np.empty(3 * w)  # of the way to the next pixel, for each value of a row
+    for y in range(h):
+        start, stop, shift, is_uniform = w, 0, 0, True
+        for x in range(w):
+            source_x = matrix[0, 0] * (x + 0.5) + matrix[0, 1] * (y + 0.5) + matrix[0, 2]
+            if 0 <= source_x < w:
+                left = math.floor(source_x - 0.5)
+                if stop == 0:
+                    start, shift = x, left - x
+                stop = x + 1
+                is_uniform &= left - x == shift
+                for c in range(3):
+                    shares[3 * x + c] = source_x - 0.5 - left
+            else:
+                for c in range(3):
+                    result[y, x, c] = fill[c]
+        if not is_uniform:  # a share of 0 was rounded to one just below 1
+            _warp_row(source, matrix, bicubic, fill, y, result)
+        elif stop:
+            first = start + shift + _PADDING - 1
+            row = source[y + _PADDING, first:].reshape(-1)
+            line, ts = result[y, start:].reshape(-1), shares[3 * start :]
+            for i in range(3 * (stop - start)):
+                near, far = float(row[i + 3]), float(row[i + 6])
+                if bicubic:
+                    line[i] = _pixel(_cubic(float(row[i]), near, far, float(row[i + 9]), ts[i]))
+                else:
+                    line[i] = _pixel(near + (far - near) * ts[i])
+    return result
+
+
+@compiled
 def _between(source: np.ndarray, i: int, j: int, c: int, t: float, bicubic: bool) -> float:
     """Interpolates in row i of a padded image between columns j and j + 1, at a share t."""
     # Unsigned indices spare the check for negative ones, which count from the end.
     near = float(source[np.uintp(i), np.uintp(j), c])
-    if t == 0:
-        return near
     far = float(source[np.uintp(i), np.uintp(j + 1), c])
     if not bicubic:
         return near + (far - near) * t
     before = float(source[np.uintp(i), np.uintp(j - 1), c])
     return _cubic(before, near, far, float(source[np.uintp(i), np.uintp(j + 2), c]), t)
+
+
+@compiled
+def _pixel(value: float) -> int:
+    """Rounds a value down and clips it to 0 … 255."""
+    return int(min(max(value, 0.0), 255.0))
 
 
 @compiled
