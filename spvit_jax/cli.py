@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pathlib
 import sys
 import traceback
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 import spvit_jax
 from spvit_jax import config as config_lib
 from spvit_jax import distributed, help, logs, recipes
-from spvit_jax.errors import InputError, WriteError, exit_code, nearest
+from spvit_jax.errors import WRONG_INPUT, InputError, WriteError, exit_code, nearest
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -29,7 +28,6 @@ _CONFIG_HELP = (
     "Recipe with its arguments, such as spvit:s,384, by the name of one that comes with the "
     "package or as a file, configs/spvit.py:s,384."
 )
-STOPPED_EARLY = os.EX_TEMPFAIL  # exit code 75: all is saved; start the same command again
 
 
 def run(main: Callable[..., object], *, operands: str = "") -> None:
@@ -54,6 +52,8 @@ def run(main: Callable[..., object], *, operands: str = "") -> None:
                 # Coroutines that orbax leaves behind would print tracebacks at exit.
                 sys.unraisablehook = lambda _: None
             fail(error, code)
+        finally:
+            logs.flush()
 
     # Orbax warns of its own defaults at every call, and logs the tracebacks of what it raises.
     logging.set_verbosity(logging.FATAL)
@@ -194,7 +194,7 @@ def _check_fields(config: Any, path: pathlib.Path) -> None:
         )
 
 
-def fail(error: object, code: int = 2) -> NoReturn:
+def fail(error: object, code: int = WRONG_INPUT) -> NoReturn:
     """Prints an error as one line and exits the program with a code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -11,9 +11,9 @@ import copy
 import json
 import logging
 import math
-import pathlib
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -44,6 +44,9 @@ _CHANGEABLE = (
     "data.threads",
     "data.eval_batch_size",
     "data.max_unreadable",
+    "stall_timeout",
+    "profile",
+    "wandb",
 )
 
 
@@ -135,6 +138,14 @@ def base() -> ConfigDict:
     checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
     config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
     config.init_new_head = False  # whether a head for other classes may be replaced by a new one
+
+    # Seconds without the end of a step after which a run that stands still is ended, or 30 median
+    # steps if they are longer; six times that for compiling, evaluating and saving; 0: never.
+    config.stall_timeout = 300.0
+    config.profile = profile = ConfigDict()
+    profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
+    profile.steps = 5  # steps in a trace
+    config.wandb = placeholder(str)  # project of Weights & Biases to report to as well
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
@@ -275,7 +286,7 @@ def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> Evaluatio
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: ConfigDict, *, in_use: bool, write: bool = True
+    workdir: epath.Path, config: ConfigDict, *, in_use: bool, write: bool = True
 ) -> None:
     """Writes a run's configuration to its workdir, or refuses a workdir of another configuration.
 
@@ -322,7 +333,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(path: pathlib.Path) -> ConfigDict:
+def from_json(path: epath.Path) -> ConfigDict:
     """Reads a configuration from JSON; fields that the file lacks have their defaults.
 
     Raises:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.kernels.fused import fused_attention
-from spvit_jax.models import implementation as implementations
-from spvit_jax.models.implementation import Implementation
+from spvit_jax.models.implementation import Implementation, check, choose
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
@@ -132,9 +131,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         other_scores = "talking heads" if talking_heads else None
-        implementations.check(implementation, dim // num_heads, dtype, other_scores=other_scores)
+        check(implementation, dim // num_heads, dtype, other_scores=other_scores)
         self.num_heads = num_heads
-        self.implementation = implementation
+        self.implementation: Implementation = "xla" if talking_heads else implementation
         self.qkv = nnx.Linear(
             dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
@@ -176,7 +175,7 @@ class Attention(nnx.Module):
     def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
         gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
-        match self._choose(qkv):
+        match choose(self.implementation, qkv, self.num_heads, gain, bias):
             case "fused" | "fused_interpret" as name:
                 interpret = name == "fused_interpret"
                 with jax.named_scope("attention"):
@@ -197,14 +196,6 @@ class Attention(nnx.Module):
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
-
-    def _choose(self, qkv: jax.Array) -> Implementation:
-        """Returns the implementation for a projection [B, n, 3D]."""
-        if self.mix_scores is not None:
-            return "xla"
-        num_tokens, columns = qkv.shape[1:]
-        head_dim = columns // 3 // self.num_heads
-        return implementations.choose(self.implementation, num_tokens, head_dim, qkv.dtype)
 
     @jax.named_scope("qkv")
     def _project(self, x: jax.Array) -> jax.Array:

@@ -88,6 +88,10 @@ class TrainingRun:
         """Number of training steps of the run."""
         return self.config.schedule.total
 
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether an evaluation is due after a number of steps: at intervals, and last."""
+        return step > 0 and (step % self.config.eval_every == 0 or step == self.steps)
+
     @property
     def eval_batch_size(self) -> int:
         """Images per eval step: `data.eval_batch_size` rounded up to a multiple of the devices."""

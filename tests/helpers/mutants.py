@@ -130,10 +130,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
-        "gradients of queries and keys lack the scale",
+        "gradients of queries lack the scale",
         "kernels/fused.py",
-        "(dscores * plan.head_dim**-0.5).astype",
-        "dscores.astype",
+        "(dq * scale)",
+        "dq",
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
@@ -274,6 +274,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "num_classes), smoothing * num_classes / (num_classes - 1))",
         "training/test_step.py::test_loss_of_each_head",
     ),
+    # The loss of a process.
+    Mutant(
+        "whoever was paused takes the others for lost",
+        "distributed/liveness.py",
+        "if newest - seen > _SILENCE",
+        "if time.monotonic() - seen > _SILENCE",
+        "distributed/test_liveness.py::test_a_pause_of_this_process_is_not_the_loss_of_others",
+    ),
+    Mutant(
+        "a process that counts is lost if it has been there for long",
+        "distributed/liveness.py",
+        "_counts[other] = count, now",
+        "_counts.setdefault(other, (count, now))",
+        "distributed/test_liveness.py::test_who_counts_no_longer_is_lost",
+    ),
+    Mutant(
+        "an error of JAX's own is taken for the loss of another process",
+        "distributed/failure.py",
+        "START_AGAIN if lost else FAILED",
+        "START_AGAIN",
+        "distributed/test_liveness.py::"
+        "test_an_abort_is_to_be_started_again_only_if_another_process_is_lost",
+    ),
     # The optimizer.
     Mutant(
         "the cosine ends at 0",
@@ -360,6 +383,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "flip_seed) < self.flip",
         "flip_seed) > self.flip",
         "data/test_crops.py::test_flip_happens_with_its_probability",
+    ),
+    # A run's times, and its end.
+    Mutant(
+        "input is waited for while the devices are busy",
+        "training/timeline.py",
+        "self._seconds[STEP] += hidden\n                rest -= hidden",
+        "pass",
+        "training/test_timeline.py::test_input_is_waited_for_only_while_the_devices_have_nothing_to_do",
+    ),
+    Mutant(
+        "what is traced within a trace is counted twice",
+        "training/timeline.py",
+        "[span for span in self._compiled if span[0] < start]",
+        "self._compiled",
+        "training/test_timeline.py::test_each_second_is_of_one_phase",
+    ),
+    Mutant(
+        "a run ends though one process still has time for its checkpoint",
+        "distributed/watchdog.py",
+        "if any(answer.left > 0",
+        "if all(answer.left > 0",
+        "distributed/test_watchdog.py::test_a_process_that_still_has_time_is_waited_for",
+    ),
+    Mutant(
+        "a run that stands still before any checkpoint is started for ever",
+        "distributed/watchdog.py",
+        "START_AGAIN if current.has_saved else FAILED",
+        "START_AGAIN",
+        "distributed/test_watchdog.py::test_a_process_that_stands_still_ends_with_its_stacks",
+    ),
+    Mutant(
+        "an evaluation that a SIGTERM ended is not made up for",
+        "training/checkpoint.py",
+        "return step in self._manager.all_steps() and self._manager.metrics(step) is not None",
+        "return step in self._manager.all_steps()",
+        "test_train.py::test_a_sigterm_during_an_evaluation_is_seen_between_its_batches",
     ),
     # The device's side of the data.
     Mutant(
