@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from spvit_jax import cli, recipes
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
-from spvit_jax.models import FAMILIES, list_models, model_config
+from spvit_jax.models import FAMILIES, aliases, list_models, model_config
 from spvit_jax.models.base import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.preflight.topology import CHIPS, GIB
@@ -33,11 +33,15 @@ _FIELD = re.compile(
 
 
 def models(pattern: str = "*") -> Iterator[str]:
-    """Yields a line for each model: name, parameters and multiply-adds at 224 pixels."""
+    """Yields a line for each model: name, parameters, multiply-adds at 224 pixels, timm's name."""
     for name in list_models(pattern):
         config = model_config(name)
         macs = count_macs(config) / 1e9
-        yield f"{name:<20} {count_parameters(config) / 1e6:7.2f} M parameters {macs:7.2f} GMACs"
+        theirs = aliases.timm_name(name, config.image_shape)
+        yield (
+            f"{name:<20} {count_parameters(config) / 1e6:7.2f} M parameters {macs:7.2f} GMACs"
+            + (f"   {theirs}" if theirs else "")
+        )
 
 
 def configs(pattern: str = "*") -> Iterator[str]:

@@ -52,6 +52,8 @@ def run(main: Callable[..., object], *, operands: str = "") -> None:
                 # Coroutines that orbax leaves behind would print tracebacks at exit.
                 sys.unraisablehook = lambda _: None
             fail(error, code)
+        finally:
+            logs.flush()
 
     # Orbax warns of its own defaults at every call, and logs the tracebacks of what it raises.
     logging.set_verbosity(logging.FATAL)

@@ -11,9 +11,9 @@ import copy
 import json
 import logging
 import math
-import pathlib
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -286,7 +286,7 @@ def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> Evaluatio
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: ConfigDict, *, in_use: bool, write: bool = True
+    workdir: epath.Path, config: ConfigDict, *, in_use: bool, write: bool = True
 ) -> None:
     """Writes a run's configuration to its workdir, or refuses a workdir of another configuration.
 
@@ -333,7 +333,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(path: pathlib.Path) -> ConfigDict:
+def from_json(path: epath.Path) -> ConfigDict:
     """Reads a configuration from JSON; fields that the file lacks have their defaults.
 
     Raises:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # Exit codes of all commands, which the scripts and manifests of launch/ act upon.
@@ -34,12 +33,12 @@ def exit_code(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: os.PathLike[str]) -> Iterator[None]:
     """Turns an `OSError` inside into a `WriteError` that names the file; a context manager."""
     try:
         yield
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+        raise WriteError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

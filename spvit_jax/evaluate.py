@@ -11,15 +11,15 @@ go to the standard output as JSON, and to the file if one is named.
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
 from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs
+from spvit_jax import atomic, cli, distributed, logs, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.errors import START_AGAIN, writing
 from spvit_jax.training import sharding
@@ -28,7 +28,7 @@ from spvit_jax.training.timeline import EVALUATION, Timeline
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, path: pathlib.Path, *, which: str, weights: str, split: str | None
+    config: ConfigDict, path: epath.Path, *, which: str, weights: str, split: str | None
 ) -> dict[str, Any] | None:
     """Evaluates a checkpoint on a split of the configuration's data set.
 
@@ -97,19 +97,20 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
+        target = paths.parse_output(output.value) if output.value else None
         with distributed.joined(address(), notices=True):
             results = evaluate_checkpoint(
                 config(),
-                pathlib.Path(path.value),
+                paths.parse(path.value),
                 split=split.value,
                 **weights(),
             )
             text = json.dumps(results, indent=2) + "\n"
             if distributed.is_primary() and results is not None:
                 sys.stdout.write(text)
-                if output.value:
-                    with writing(pathlib.Path(output.value)):
-                        pathlib.Path(output.value).write_text(text)
+                if target is not None:
+                    with writing(target):
+                        atomic.write_text(target, text)
         if results is None:
             cli.fail("SIGTERM came before the evaluation was complete", START_AGAIN)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
-import pathlib
 import sys
 import time
 from typing import Self
 
+from etils import epath
 from tqdm import tqdm
 
 from spvit_jax import distributed
 from spvit_jax.errors import InputError
+from spvit_jax.growing import GrowingFile
 
 log = logging.getLogger("spvit_jax")
 
@@ -38,13 +39,28 @@ class _Screen(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class _File(logging.FileHandler):
+class _File(logging.Handler):
     """Handler of a log file that stops, with one warning, once the file cannot be written."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        del record
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self._file = GrowingFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._file.write((self.format(record) + "\n").encode(errors="backslashreplace"))
+        except OSError as error:
+            self._give_up(error)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
         log.removeHandler(self)
-        log.warning("warning: %s goes no further: %s", self.baseFilename, sys.exc_info()[1])
+        log.warning("warning: %s goes no further: %s", self._file.path, error)
 
 
 class Progress:
@@ -98,7 +114,7 @@ def start() -> None:
     _send_to(_Screen(logging.WARNING), buffer)
 
 
-def start_run(workdir: pathlib.Path | None) -> None:
+def start_run(workdir: epath.Path | None) -> None:
     """Sends all lines to the standard error and to `train.log` in the workdir, if there is one.
 
     On a terminal the progress bar replaces the line per interval (level DEBUG). The file begins
@@ -120,6 +136,13 @@ def start_run(workdir: pathlib.Path | None) -> None:
     for buffer in buffers:
         buffer.setTarget(file)
     _send_to(screen, file)  # closes the other handlers, which flushes them
+
+
+def flush() -> None:
+    """Puts what has been logged where it survives this machine."""
+    for handler in list(log.handlers):
+        if isinstance(handler, _File):
+            handler.flush()
 
 
 def _send_to(*handlers: logging.Handler) -> None:

@@ -9,13 +9,13 @@ SIGTERM, with all of it saved, or because it stood still (`config.stall_timeout`
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs
+from spvit_jax import cli, distributed, logs, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.errors import START_AGAIN
 from spvit_jax.logs import log
@@ -26,7 +26,7 @@ from spvit_jax.training.evaluation import evaluate
 from spvit_jax.training.timeline import CHECKPOINT, EVALUATION, INPUT, Timeline
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
+def train(config: ConfigDict, workdir: epath.Path, *, dry_run: bool = False) -> bool:
     """Trains the model of a configuration, or continues the run in a workdir.
 
     Args:
@@ -116,6 +116,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
                 if results or step % config.checkpoint.every == 0:
                     state_lib.check_finite(state, run.finite_leaves(state))
                     with timeline.phase(CHECKPOINT):
+                        reporter.flush()
                         checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
@@ -133,7 +134,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
     return complete
 
 
-def _take_one_step(plan: TrainingPlan, workdir: pathlib.Path) -> None:
+def _take_one_step(plan: TrainingPlan, workdir: epath.Path) -> None:
     """Takes one step of training and one of evaluation on real data, and logs their losses."""
     run = plan.run
     state, origin = plan.create_state()
@@ -157,8 +158,9 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
+        folder = paths.parse(workdir.value)
         with distributed.joined(address(), notices=True):
-            complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
+            complete = train(config(), folder, dry_run=dry_run.value)
         if not complete and not dry_run.value:
             sys.exit(START_AGAIN)
 

@@ -15,7 +15,8 @@ PACKAGE = REPOSITORY / "spvit_jax"
 # From the bottom up; parts of one layer know nothing of each other.
 LAYERS = (
     {"errors", "help"},
-    {"atomic"},
+    {"paths"},
+    {"atomic", "growing"},
     {"classes", "kernels"},
     {"models"},
     {"distributed"},

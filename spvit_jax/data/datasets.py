@@ -8,13 +8,14 @@ batched in `pipeline.py`.
 from __future__ import annotations
 
 import logging
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from spvit_jax import paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import folders
 from spvit_jax.data.sources import Renumbered, Source, Subset, TfdsSource
@@ -54,7 +55,7 @@ def load(name: str, split: str, data_dir: str) -> Source:
     """
     if name in _REGISTERED:
         return _REGISTERED[name](split, data_dir)
-    if (root := _folder(name)) is not None:
+    if (root := folder_of(name)) is not None:
         return folders.FolderSource(root, split)
     return TfdsSource(name, split, data_dir)
 
@@ -106,7 +107,7 @@ def numbered_as_trained(
     """
     if class_names is not None:
         return numbered(source, class_names, where)
-    root = _folder(data.dataset)
+    root = folder_of(data.dataset)
     if root is None or not (root / data.train_split).is_dir():
         return source
     return numbered(source, folders.class_names(root, data.train_split), "the training data")
@@ -237,7 +238,7 @@ def _num_examples(size: int | str, total: int, field: str) -> int:
         ) from error
 
 
-def _folder(name: str) -> pathlib.Path | None:
+def folder_of(name: str) -> epath.Path | None:
     """Returns the path of a data set "folder:PATH", or None for other data sets."""
     prefix, colon, path = name.partition(":")
-    return pathlib.Path(path) if prefix == "folder" and colon else None
+    return paths.parse(path) if prefix == "folder" and colon else None

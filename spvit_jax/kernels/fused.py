@@ -8,8 +8,7 @@ scores again. The readable form of the equation is in `models/attention.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from spvit_jax.kernels import CONTEXT
+from spvit_jax.kernels.plan import Plan
 
 HEAD_DIMS = range(8, 129)  # widths of a head that the kernel knows
 DTYPES = ("float32", "bfloat16")
-
-_LANES = 128  # columns of a tile
-_ROWS = 16  # of a tile of bfloat16; two tiles of float32
-_QUERY_BLOCK = 256  # largest number of queries whose scores are held at a time
-_MAX_IMAGES = 8  # of a program
-_VMEM_LIMIT = 40 * 2**20  # bytes; what a kernel reserves, XLA cannot use around it
 
 
 def supports(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
@@ -77,21 +71,22 @@ def _attention(
     num_heads: int,
     interpret: bool,
 ) -> jax.Array:
-    plan = _Plan.of(qkv.shape, num_heads)
+    plan = Plan.of(qkv, num_heads, gain, bias)
     columns, factor = plan.columns_spec, plan.factor_spec
     padded = plan.pad(qkv)
+    shape = (plan.batch, plan.tokens, plan.groups * plan.width)
     out = pl.pallas_call(
         functools.partial(_forward_kernel, plan),
         grid=(plan.groups, plan.batch // plan.images),
         in_specs=[columns(0), columns(1), columns(2), factor(gain), factor(bias)],
         out_specs=columns(0),
-        out_shape=jax.ShapeDtypeStruct((plan.batch, plan.tokens, plan.padded_dim), qkv.dtype),
-        compiler_params=_params(2),
-        cost_estimate=_cost(plan, 2, (qkv, gain, bias, qkv[..., : plan.dim])),
+        out_shape=jax.ShapeDtypeStruct(shape, qkv.dtype),
+        compiler_params=plan.params(2),
+        cost_estimate=plan.cost(2, (qkv, gain, bias, qkv[..., : plan.dim])),
         name="fused_attention",
         interpret=interpret,
     )(padded, padded, padded, gain, bias)
-    return out[..., : plan.dim]
+    return plan.unpad(out)
 
 
 def _forward(
@@ -114,7 +109,7 @@ def _backward(
     qkv, gain, bias, learned = residuals
     if isinstance(grad, SymbolicZero):
         return None, None, None
-    plan = _Plan.of(qkv.shape, num_heads)
+    plan = Plan.of(qkv, num_heads, gain, bias)
     columns, factor = plan.columns_spec, plan.factor_spec
     padded, grad = plan.pad(qkv), plan.pad(grad)
     dgain, dbias = (
@@ -129,8 +124,8 @@ def _backward(
         out_specs=[plan.parts_spec(), factor(dgain), factor(dbias)],
         out_shape=[jax.ShapeDtypeStruct(padded.shape, qkv.dtype), dgain, dbias],
         scratch_shapes=[pltpu.VMEM((3, plan.images, plan.tokens, plan.width), qkv.dtype)],
-        compiler_params=_params(3),
-        cost_estimate=_cost(plan, 5, (qkv, qkv, grad, gain, bias, dgain, dbias)),
+        compiler_params=plan.params(3),
+        cost_estimate=plan.cost(5, (qkv, qkv, grad, gain, bias, dgain, dbias)),
         name="fused_attention_backward",
         interpret=interpret,
     )(padded, padded, padded, gain, bias, grad)
@@ -144,113 +139,24 @@ def _backward(
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-class _Plan(NamedTuple):
-    """Division of the work into programs, each of some images and a group of heads.
-
-    Attributes:
-      batch: number of images B.
-      tokens: number of tokens N.
-      dim: channels D of all heads.
-      head_dim: width d of a head.
-      heads: heads in a group.
-      groups: number of groups; groups are the outer loop, so that G is read once.
-      width: columns of a group, whole tiles; beyond heads·d they are padding.
-      images: images in a program.
-    """
-
-    batch: int
-    tokens: int
-    dim: int
-    head_dim: int
-    heads: int
-    groups: int
-    width: int
-    images: int
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], num_heads: int) -> _Plan:
-        """Plans the attention of a projection [B, N, 3D]."""
-        batch, tokens, dim = shape[0], shape[1], shape[2] // 3
-        head_dim = dim // num_heads
-        heads = next(
-            (n for n in range(1, num_heads) if num_heads % n == 0 == n * head_dim % _LANES),
-            num_heads,
-        )
-        images = max(n for n in range(1, _MAX_IMAGES + 1) if batch % n == 0)
-        width = -(-heads * head_dim // _LANES) * _LANES
-        return cls(batch, tokens, dim, head_dim, heads, num_heads // heads, width, images)
-
-    @property
-    def padded_dim(self) -> int:
-        """Columns of all groups; more than D only if there is a single group."""
-        return self.groups * self.width
-
-    def columns_spec(self, part: int) -> pl.BlockSpec:
-        """Returns the block of a group's queries (part 0), keys (1) or values (2)."""
-        return pl.BlockSpec(
-            (self.images, self.tokens, self.width),
-            lambda group, images, *_: (images, 0, part * self.groups + group),
-        )
-
-    def parts_spec(self) -> pl.BlockSpec:
-        """Returns the block of a group's queries, keys or values, by the third axis of the grid."""
-        return pl.BlockSpec(
-            (self.images, self.tokens, self.width),
-            lambda group, images, part: (images, 0, part * self.groups + group),
-        )
-
-    def factor_spec(self, factor: Any) -> pl.BlockSpec | None:
-        """Returns the block of a group's G or B, or None if there is none."""
-        if factor is None:
-            return None
-        return pl.BlockSpec((self.heads, self.tokens, self.tokens), lambda group, *_: (group, 0, 0))
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        """Pads the columns of each part of [B, N, parts·D] to whole tiles."""
-        if self.padded_dim == self.dim:
-            return x
-        parts = x.reshape(self.batch, self.tokens, -1, self.dim)
-        width = ((0, 0), (0, 0), (0, 0), (0, self.padded_dim - self.dim))
-        return jnp.pad(parts, width).reshape(self.batch, self.tokens, -1)
-
-    def unpad(self, x: jax.Array) -> jax.Array:
-        """Removes the padding of `pad`."""
-        if self.padded_dim == self.dim:
-            return x
-        parts = x.reshape(self.batch, self.tokens, -1, self.padded_dim)
-        return parts[..., : self.dim].reshape(self.batch, self.tokens, -1)
-
-    def head_slices(self) -> Iterator[tuple[int, slice]]:
-        """Yields each head of a group with its columns."""
-        for head in range(self.heads):
-            yield head, slice(head * self.head_dim, (head + 1) * self.head_dim)
-
-    def query_slices(self) -> Iterator[slice]:
-        """Yields blocks of queries, about equal and beginning at whole tiles."""
-        count = -(-self.tokens // _QUERY_BLOCK)
-        size = -(-self.tokens // (count * _ROWS)) * _ROWS
-        for start in range(0, self.tokens, size):
-            yield slice(start, min(start + size, self.tokens))
-
-
 def _forward_kernel(
-    plan: _Plan, q_ref: Any, k_ref: Any, v_ref: Any, gain_ref: Any, bias_ref: Any, out_ref: Any
+    plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, gain_ref: Any, bias_ref: Any, out_ref: Any
 ) -> None:
-    def attend(image: jax.Array, _: None) -> None:
+    def attend(image: jax.Array) -> None:
         for head, columns in plan.head_slices():
             k, v = k_ref[image, :, columns], v_ref[image, :, columns]
             for rows in plan.query_slices():
-                scores = _dot(q_ref[image, rows, columns], k, (1, 1)) * plan.head_dim**-0.5
-                scores = _apply(scores, gain_ref, bias_ref, head, rows)
+                products = _dot(q_ref[image, rows, columns], k, (1, 1)) * plan.head_dim**-0.5
+                scores = _apply(products, gain_ref, bias_ref, head, rows)
                 weights, total = _exponentials(scores)
                 out = _dot(weights.astype(v.dtype), v, (1, 0)) / total
                 out_ref[image, rows, columns] = out.astype(out_ref.dtype)
 
-    jax.lax.fori_loop(0, plan.images, attend, None)
+    plan.for_each_image(attend)
 
 
 def _backward_kernel(
-    plan: _Plan,
+    plan: Plan,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -262,7 +168,7 @@ def _backward_kernel(
     dbias_ref: Any,
     parts_ref: Any,
 ) -> None:
-    part = pl.program_id(2)
+    part, scale = pl.program_id(2), plan.head_dim**-0.5
 
     @pl.when((pl.program_id(1) == 0) & (part == 0))
     def _() -> None:
@@ -270,13 +176,13 @@ def _backward_kernel(
             if ref is not None:
                 ref[...] = jnp.zeros_like(ref)
 
-    def differentiate(image: jax.Array, _: None) -> None:
+    def differentiate(image: jax.Array) -> None:
         for head, columns in plan.head_slices():
             k, v = k_ref[image, :, columns], v_ref[image, :, columns]
             dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
             for rows in plan.query_slices():
                 q, grad = q_ref[image, rows, columns], grad_ref[image, rows, columns]
-                products = _dot(q, k, (1, 1)) * plan.head_dim**-0.5
+                products = _dot(q, k, (1, 1)) * scale
                 weights, total = _exponentials(_apply(products, gain_ref, bias_ref, head, rows))
                 weights = weights / total
                 dweights = _dot(grad, v, (1, 1))
@@ -288,17 +194,17 @@ def _backward_kernel(
                     dgain_ref[head, rows, :] += dscores * products
                 if gain_ref is not None:
                     dscores = dscores * gain_ref[head, rows, :].astype(jnp.float32)
-                dproducts = (dscores * plan.head_dim**-0.5).astype(q.dtype)
+                dproducts = dscores.astype(q.dtype)
                 dq = _dot(dproducts, k, (1, 0))
-                parts_ref[0, image, rows, columns] = dq.astype(parts_ref.dtype)
+                parts_ref[0, image, rows, columns] = (dq * scale).astype(parts_ref.dtype)
                 dk += _dot(dproducts, q, (0, 0))
                 dv += _dot(weights.astype(grad.dtype), grad, (0, 0))
-            parts_ref[1, image, :, columns] = dk.astype(parts_ref.dtype)
+            parts_ref[1, image, :, columns] = (dk * scale).astype(parts_ref.dtype)
             parts_ref[2, image, :, columns] = dv.astype(parts_ref.dtype)
 
     @pl.when(part == 0)
     def _() -> None:
-        jax.lax.fori_loop(0, plan.images, differentiate, None)
+        plan.for_each_image(differentiate)
 
     out_ref[...] = parts_ref[part]
 
@@ -322,20 +228,3 @@ def _exponentials(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns exp(scores), scaled so that the largest of a row is 1, and the sum of each row."""
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights, weights.sum(axis=-1, keepdims=True)
-
-
-def _params(axes: int) -> pltpu.CompilerParams:
-    # In sequence, since all images add to one gradient of G.
-    return pltpu.CompilerParams(
-        dimension_semantics=(pltpu.ARBITRARY,) * axes, vmem_limit_bytes=_VMEM_LIMIT
-    )
-
-
-def _cost(plan: _Plan, products: int, arrays: Sequence[Any]) -> pl.CostEstimate:
-    """Returns the cost of some products of N×N per head, and of reading or writing arrays once."""
-    pairs = plan.batch * plan.tokens**2
-    return pl.CostEstimate(
-        flops=2 * products * pairs * plan.dim,
-        transcendentals=pairs * (plan.dim // plan.head_dim),
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays if x is not None),
-    )

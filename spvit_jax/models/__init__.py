@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from spvit_jax.errors import InputError, nearest
+from spvit_jax.models import aliases
 from spvit_jax.models.base import Model, ModelConfig, Outputs
 from spvit_jax.models.cait import CaiT, CaiTConfig
 from spvit_jax.models.fields import read_field, read_image_size
@@ -212,7 +213,7 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
     Raises:
       InputError: the name is unknown.
     """
-    _check_name(name)
+    name = _known_name(name)
     if name in _OWN_PROTOCOLS:
         return _OWN_PROTOCOLS[name]
     small, large = next(
@@ -224,23 +225,26 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
 def model_config(
     name: str,
     *,
-    image_size: int | tuple[int, int] | str = 224,
+    image_size: int | tuple[int, int] | str | None = None,
     num_classes: int = 1000,
     **overrides: Any,
 ) -> ModelConfig:
     """Returns the configuration of a named model with some of its fields replaced.
 
     Args:
-      name: one of `list_models()`.
-      image_size: pixels: one number, (height, width), or a text such as "160x256".
+      name: one of `list_models()`, or timm's name of it, such as "deit_base_patch16_384".
+      image_size: pixels: one number, (height, width), or a text such as "160x256"; None is 224, or
+        what timm's name says.
       num_classes: number of classes C.
       **overrides: fields of `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Raises:
       InputError: the name or a field is unknown, or the fields contradict each other.
     """
-    _check_name(name)
-    base = _MODELS[name]
+    alias = aliases.resolve(name)
+    base = _MODELS[_known_name(name)]
+    if image_size is None:
+        image_size = alias.image_size if alias else 224
     fields = [field.name for field in dataclasses.fields(base)]
     for field in overrides:
         if field not in fields:
@@ -288,7 +292,7 @@ def from_dict(fields: Mapping[str, Any], where: object = "a file") -> ModelConfi
 def create_model(
     name: str,
     *,
-    image_size: int | tuple[int, int] | str = 224,
+    image_size: int | tuple[int, int] | str | None = None,
     num_classes: int = 1000,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
@@ -296,8 +300,9 @@ def create_model(
     """Creates a model by name, in evaluation mode.
 
     Args:
-      name: one of `list_models()`.
-      image_size: pixels: one number, (height, width), or a text such as "160x256".
+      name: one of `list_models()`, or timm's name of it, such as "deit_base_patch16_384".
+      image_size: pixels: one number, (height, width), or a text such as "160x256"; None is 224, or
+        what timm's name says.
       num_classes: number of classes C.
       rngs: random keys of the initial weights; `nnx.Rngs(0)` if not given.
       **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
@@ -312,6 +317,11 @@ def create_model(
     return config.build(rngs if rngs is not None else nnx.Rngs(0))
 
 
-def _check_name(name: str) -> None:
+def _known_name(name: str) -> str:
+    """Returns the name of a model here, for itself or for timm's name of it."""
+    alias = aliases.resolve(name)
+    if alias is not None:
+        return alias.name
     if name not in _MODELS:
-        raise InputError(f"unknown model {name!r}{nearest(name, _MODELS)}")
+        raise InputError(f"unknown model {name!r}{nearest(name, [*_MODELS, *aliases.ALIASES])}")
+    return name

@@ -14,7 +14,9 @@ from contextlib import AbstractContextManager
 from typing import Self
 
 import jax
+from etils import epath
 
+from spvit_jax import paths
 from spvit_jax.errors import first_line
 
 log = logging.getLogger("spvit_jax")
@@ -25,7 +27,7 @@ _REQUEST = "profile"  # file in the workdir
 class Profiler:
     """Profiler of some steps of a run, where asked for; a context manager."""
 
-    def __init__(self, workdir: pathlib.Path, *, start: int | None, steps: int):
+    def __init__(self, workdir: epath.Path, *, start: int | None, steps: int):
         """Prepares to trace.
 
         Args:
@@ -73,7 +75,7 @@ class Profiler:
         try:
             jax.profiler.stop_trace()
             for path in source.rglob("*.xplane.pb"):
-                target = self._workdir / path.relative_to(source)
+                target = self._workdir / str(path.relative_to(source))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
                 log.info("profile         of %d steps in %s", self._steps, target.parent)
@@ -85,7 +87,7 @@ class Profiler:
     def _request(self) -> float | None:
         """Returns when the file that asks for a trace was touched; None if there is none."""
         try:
-            return (self._workdir / _REQUEST).stat().st_mtime
+            return paths.modified(self._workdir / _REQUEST)
         except OSError:
             return None
 

@@ -11,21 +11,21 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Protocol, Self
 
 import jax
 from clu import parameter_overview
+from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import atomic, distributed
+from spvit_jax import atomic, distributed, logs
 from spvit_jax import config as config_lib
 from spvit_jax.errors import writing
+from spvit_jax.growing import GrowingFile
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
@@ -33,12 +33,23 @@ from spvit_jax.training import sharding
 from spvit_jax.training.profile import Profiler
 from spvit_jax.training.run import TrainingRun
 from spvit_jax.training.state import Metrics, means
+from spvit_jax.training.tensorboard import EventFile
 from spvit_jax.training.timeline import INPUT, REPORT, STEP, Timeline, spread
 from spvit_jax.training.utilization import peak_images_per_second
 from spvit_jax.training.wandb_writer import WandbWriter
 
-if TYPE_CHECKING:
-    from clu.metric_writers import MetricWriter
+
+class MetricWriter(Protocol):
+    """Place for a run's metrics; writers of clu are such ones."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
+        """Writes the values of a step."""
+
+    def flush(self) -> None:
+        """Puts what has been written where it survives this machine."""
+
+    def close(self) -> None:
+        """Ends writing."""
 
 
 def summarize(run: TrainingRun) -> None:
@@ -78,7 +89,7 @@ class Reporter:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         timeline: Timeline,
         profiler: Profiler,
         *,
@@ -108,6 +119,9 @@ class Reporter:
         self._batch_size, self._full_speed = batch_size, full_speed
         self._open_writers = open_writers
         self._writers: Sequence[MetricWriter] = ()
+        # Both None in the processes that do not report.
+        self._records: GrowingFile | None = None
+        self._times: GrowingFile | None = None
         self._stack = contextlib.ExitStack()
         if distributed.is_primary():
             _drop_records_after(self._path, start_step, evaluates=evaluates)
@@ -116,7 +130,7 @@ class Reporter:
     def of(
         cls,
         run: TrainingRun,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         timeline: Timeline,
         *,
         start_step: int,
@@ -126,7 +140,8 @@ class Reporter:
         config = run.config
 
         def open_writers() -> Iterator[MetricWriter]:
-            yield _open_tensorboard(workdir)
+            with writing(workdir):
+                yield EventFile(workdir)
             if config.wandb:
                 yield WandbWriter(workdir, config.wandb, config.to_dict())
 
@@ -145,11 +160,8 @@ class Reporter:
     def __enter__(self) -> Self:
         writes = distributed.is_primary()
         self._stack.enter_context(self._profiler)
-        self._records, self._times = (
-            self._open(path if writes else pathlib.Path(os.devnull))
-            for path in (self._path, self._times_path)
-        )
         if writes:
+            self._records, self._times = map(self._open, (self._path, self._times_path))
             self._writers = self._open_writers()
         for writer in self._writers:
             self._stack.callback(writer.close)
@@ -168,8 +180,20 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self._path):  # what could not be written before is tried again
+        with writing(self._path):
             self._stack.close()
+        self._flush_records()
+
+    def flush(self) -> None:
+        """Puts all reports where they survive this machine; for use before a checkpoint.
+
+        Raises:
+          WriteError: the records cannot be written.
+        """
+        self._flush_records()
+        for writer in self._writers:
+            writer.flush()
+        logs.flush()
 
     def step(self) -> AbstractContextManager[object]:
         """Returns a context in which the next step is to begin, for profiles."""
@@ -249,20 +273,24 @@ class Reporter:
         self._write(self._records, {"step": self._step, **named})
         self._plot(named)
 
-    def _write(self, file: TextIO, record: dict[str, float]) -> None:
-        with writing(pathlib.Path(file.name)):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            if distributed.is_primary():
-                os.fsync(file.fileno())  # a checkpoint may outlive the machine
+    def _write(self, file: GrowingFile | None, record: dict[str, float]) -> None:
+        if file is not None:
+            with writing(file.path):
+                file.write((json.dumps(record) + "\n").encode())
+
+    def _flush_records(self) -> None:
+        for file in (self._records, self._times):
+            if file is not None:
+                with writing(file.path):
+                    file.flush()
 
     def _plot(self, values: dict[str, float]) -> None:
         for writer in self._writers:
             writer.write_scalars(self._step, values)
 
-    def _open(self, path: pathlib.Path) -> TextIO:
+    def _open(self, path: epath.Path) -> GrowingFile:
         with writing(path):
-            return self._stack.enter_context(path.open("a"))
+            return GrowingFile(path)
 
     def _reset(self) -> None:
         self._before, self._reported = self._timeline.seconds(), self._step
@@ -276,14 +304,7 @@ def log_times(timeline: Timeline) -> None:
     log.info("time            %s: %s", datetime.timedelta(seconds=round(total)), shares)
 
 
-def _open_tensorboard(folder: pathlib.Path) -> MetricWriter:
-    """Opens the TensorBoard file of a run; imports TensorFlow, with which clu writes it."""
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(str(folder))
-
-
-def _drop_records_after(path: pathlib.Path, step: int, *, evaluates: bool) -> None:
+def _drop_records_after(path: epath.Path, step: int, *, evaluates: bool) -> None:
     """Drops the records after a step, which a run that goes on from it makes again.
 
     So is that of the evaluation at the step, if it `evaluates` there.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import pathlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from spvit_jax import atomic
 from spvit_jax.errors import InputError, first_line
@@ -33,7 +34,7 @@ def check_installed(project: str | None) -> None:
 class WandbWriter:
     """Writer of scalars to one run of Weights & Biases, with the interface of clu's writers."""
 
-    def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
+    def __init__(self, workdir: epath.Path, project: str, config: Mapping[str, Any]):
         """Starts the run, or goes on with that of the workdir.
 
         Args:

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.extend import core
 
 from spvit_jax import plan
-from spvit_jax.kernels import fused
-from spvit_jax.kernels.fused import fused_attention
+from spvit_jax.kernels import plan as plans
+from spvit_jax.kernels.fused import fused_attention, supports
+from spvit_jax.models import list_models, model_config
 from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.spatial import LocalityMask
@@ -20,7 +21,7 @@ from tests.helpers.configs import digits
 from tests.helpers.tpu_compiler import DIGITS, one_chip
 from tests.helpers.variables import random_variables
 
-SOFT, HARD = LocalityMask(1, (1, 1), "soft"), LocalityMask(2, (1, 2), "hard")
+SOFT, HARD = LocalityMask((0,), (1, 1), "soft"), LocalityMask((0, 1), (1, 2), "hard")
 
 
 def module(heads, head_dim, implementation, **kind):
@@ -79,8 +80,8 @@ def assert_close(actual, expected, tolerance):
 )
 def test_the_kernel_is_the_attention_of_xla(monkeypatch, grid, num_prefix, heads, head_dim, kind):
     """Gradients too: of the input, of the projections, and through G of the prior's parameters."""
-    monkeypatch.setattr(fused, "_QUERY_BLOCK", 16)
-    monkeypatch.setattr(fused, "_MAX_IMAGES", 2)
+    monkeypatch.setattr(plans, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(plans, "_PROGRAM_TOKENS", 40)
     rng = np.random.default_rng(0)
     tokens = grid[0] * grid[1] + num_prefix
     x = jnp.asarray(rng.normal(size=(6, tokens, heads * head_dim)), jnp.float32)
@@ -119,7 +120,11 @@ def gradients(function, arguments):
 EXPECTED = functools.cache(lambda: gradients(functools.partial(reference, heads=4), factors()))
 
 
-def test_gain_and_bias_have_gradients_of_any_value():
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_gain_and_bias_have_gradients_of_any_value(monkeypatch, by_itself):
+    """With the heads of whole tiles in a program, or each by itself, as where memory is short."""
+    if by_itself:
+        monkeypatch.setattr(plans, "_LARGEST_VMEM_LIMIT", 0)
     assert_close(gradients(interpreted, factors()), EXPECTED(), 1e-6)
 
 
@@ -176,6 +181,16 @@ def test_masks_cost_no_gradient():
     plain = [("fused_attention", 1), ("fused_attention_backward", 1)]
     assert program() == program(mask=SOFT) == program(mask=HARD) == plain
     assert program(spatial_prior=True, mask=HARD) == [plain[0], ("fused_attention_backward", 2)]
+
+
+@pytest.mark.parametrize("name", sorted({*list_models("*vit*"), *list_models("[dm]*")}))
+def test_every_model_fits_a_chip_on_any_grid_up_to_32_by_32(name):
+    config = model_config(name)
+    heads, dim = config.num_heads, config.dim
+    factor = jax.ShapeDtypeStruct((heads, 1026, 1026), jnp.float32)
+    qkv = jax.ShapeDtypeStruct((16, 1026, 3 * dim), jnp.float32)
+    assert plans.Plan.of(qkv, heads, factor, factor).fits
+    assert supports(dim // heads, jnp.float32)
 
 
 SMALL = {"image_size": 16, "patch_size": 4, "dim": 32, "num_heads": 2, "num_classes": 5}
