@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "spvit_jax"
 LAYERS = (
     {"errors", "help"},
     {"paths"},
-    {"atomic", "growing"},
+    {"atomic", "append_only"},
     {"classes", "kernels"},
     {"models"},
     {"distributed"},

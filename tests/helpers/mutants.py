@@ -565,4 +565,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "    tokens = jnp.where(flips[:, None, None, None], tokens[:, :, ::-1], tokens)\n",
         "data/test_token_labels.py::test_labels_are_flipped_before_they_are_moved",
     ),
+    # Buckets.
+    Mutant(
+        "a file of a bucket is put in place though its writing was interrupted",
+        "atomic.py",
+        "            yield temporary\n            paths.put(temporary, path)\n",
+        "            try:\n                yield temporary\n"
+        "            finally:\n                paths.put(temporary, path)\n",
+        "test_paths.py::test_a_file_is_replaced_whole_or_not_at_all",
+    ),
+    Mutant(
+        "a file that is appended to begins anew in a bucket",
+        "append_only.py",
+        "self._content += path.read_bytes()",
+        "path.read_bytes()",
+        "test_paths.py::test_a_file_that_grows_in_a_bucket",
+    ),
+    Mutant(
+        "a data set is complete before its files are",
+        "paths.py",
+        "last.index(name) if name in last else -1",
+        "0",
+        "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
+    ),
+    Mutant(
+        "half a checkpoint in a bucket counts",
+        "training/checkpoint.py",
+        "if ocp.utils.is_checkpoint_finalized(path)]",
+        "if path.name]",
+        "test_paths.py::test_half_a_checkpoint_is_none_and_a_damaged_one_is_moved_aside",
+    ),
+    Mutant(
+        "images in a bucket are in the order of whole paths",
+        "data/folders.py",
+        'sorted(names, key=lambda name: name.split("/"))',
+        "sorted(names)",
+        "test_paths.py::test_a_folder_of_images_is_the_same_in_a_bucket",
+    ),
+    Mutant(
+        "a URL of another place is a folder of this machine",
+        "paths.py",
+        "    elif _URL.match(text):",
+        "    elif text == _URL.pattern:",
+        "test_paths.py::test_other_schemes_are_refused",
+    ),
 )
