@@ -8,9 +8,9 @@ The train step and the eval step are those of `train.py`, with its shardings and
 compiled by the TPU's own compiler on any Linux machine with an x86 CPU, in minutes. The report says
 whether they fit in memory, what they cost, and whether the run can start.
 
-Exit code 0: the run fits and every check passed; 1: a check failed, or the run does not fit, and
-changes with which it would have been printed; 2: wrong input. Data that is not on this machine is
-no error where its size is known.
+Exit code 0: the run fits and every check passed; 1: a check failed, the compiler did, or the run
+does not fit, and changes with which it would have been printed; 2: wrong input; 130: stopped by
+Ctrl-C. Data that is not on this machine is no error where its size is known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import pathlib
+import signal
 from typing import Any
 
 from absl import flags
@@ -27,10 +28,13 @@ from ml_collections import ConfigDict
 from spvit_jax import cli, plan
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks, libtpu, report, search
+from spvit_jax.preflight.compile import CompilerError
 from spvit_jax.preflight.launch_checks import Check
 from spvit_jax.preflight.search import Replan, Trial
 from spvit_jax.preflight.topology import Topology, get_topology
 from spvit_jax.training.run import TrainingRun
+
+_STOPPED = 128 + signal.SIGINT  # exit code, as shells have it
 
 
 def preflight(
@@ -57,9 +61,10 @@ def preflight(
 
     Raises:
       InputError: libtpu is missing, or the configuration or the topology cannot be used.
+      CompilerError: the compiler failed or crashed, or what it made cannot be read.
     """
     topology, replan, checks = _prepare(config, topology_name, num_slices)
-    run = replan({})
+    run = replan({}, devices=topology.devices)
     checks += launch_checks.check_launch(run, workdir)
     print(report.describe(run, topology))
     for check in checks:
@@ -70,7 +75,7 @@ def preflight(
 
     trial = search.compile_trial(replan, topology, {})
     if trial.needed is None:
-        raise InputError(trial.reason)
+        raise CompilerError(trial.reason)
     if trial.compiled is not None:
         print(report.as_text(trial.compiled))
     print(report.verdict(topology, trial.needed), flush=True)
@@ -114,7 +119,8 @@ def sweep(
       The trials for JSON.
     """
     topology, replan, _ = _prepare(config, topology_name, num_slices)
-    print(report.describe(replan({}), topology), flush=True)
+    run = replan({}, devices=topology.devices)
+    print(report.describe(run, topology), flush=True)
     batch = config.data.batch_size
     trials: list[Trial] = []
     for batch_size, remat, fsdp in itertools.product(
@@ -143,7 +149,6 @@ def _prepare(
         plan.training_run,
         config,
         data,
-        devices=topology.devices,
         teacher=None if teacher is None else teacher.model,
     )
     return topology, replan, checks
@@ -209,7 +214,15 @@ def main() -> None:
         if not ready:
             cli.fail("not ready to launch; see above", code=1)
 
-    cli.run(command)
+    def stoppable() -> None:
+        try:
+            command()
+        except CompilerError as error:
+            cli.fail(error, code=1)
+        except KeyboardInterrupt:
+            cli.fail("stopped", code=_STOPPED)
+
+    cli.run(stoppable)
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def _compile_once(trials, monkeypatch):
     compile_trial = search.compile_trial
 
     def remembered(replan, topology, changes):
-        key = str(replan({}).config), topology.name, str(changes)
+        key = str(replan({}, devices=topology.devices).config), topology.name, str(changes)
         if key not in trials:
             trials[key] = compile_trial(replan, topology, changes)
         return trials[key]

@@ -71,7 +71,7 @@ def program():
 
 
 def test_loops_run_as_often_as_they_do(program):
-    times = {one.name: times for one, times in program.executed()}
+    times = {one.name: times for one, times, _ in program.executed()}
     assert (times["scattered"], times["fused"], times["right"]) == (1, 5, 5)
     assert "product" not in times  # inside of a fusion
     assert program.loops_of_unknown_length() == 0
@@ -80,7 +80,7 @@ def test_loops_run_as_often_as_they_do(program):
 
 
 def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
-    executed = {one.name: one for one, _ in program.executed()}
+    executed = {one.name: one for one, _, _ in program.executed()}
     (gathered,) = executed["right"].arrays
     assert (gathered.nbytes, gathered.in_hbm) == (2 * 32 * 16, False)
     assert executed["fused"].arrays[0].in_hbm
