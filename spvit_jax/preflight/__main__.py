@@ -88,6 +88,7 @@ def preflight(
         )
         _advise(run, topology, found)
     result = {
+        "format": report.FORMAT,
         **report.trial_dict(trial),
         "checks": [vars(check) for check in checks],
         "ways": [report.trial_dict(way) for way in found],

@@ -14,6 +14,7 @@ from spvit_jax.preflight.topology import GIB, Topology
 from spvit_jax.training import sharding
 from spvit_jax.training.run import TrainingRun
 
+FORMAT = 2  # of the records; the first had no expected times
 _LONGEST = 20  # instructions of a step in a record
 
 
