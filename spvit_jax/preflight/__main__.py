@@ -45,6 +45,7 @@ def preflight(
     workdir: pathlib.Path | None = None,
     ways: int = 3,
     show_shardings: bool = False,
+    bundles: bool = False,
 ) -> tuple[bool, dict[str, Any]]:
     """Checks a launch, compiles its steps, and prints the report.
 
@@ -55,6 +56,7 @@ def preflight(
       workdir: workdir of the run, to be checked; None for no check.
       ways: number of ways to look for to make the run fit, where it does not.
       show_shardings: whether to print the sharding of each parameter.
+      bundles: whether to time kernels by their instruction bundles, as `child.compile_steps`.
 
     Returns:
       Whether the run can be launched, and the report for JSON.
@@ -73,7 +75,7 @@ def preflight(
         print(report.shardings(run))
     print("compiling       the train step and the eval step; a deep model takes long", flush=True)
 
-    trial = search.compile_trial(replan, topology, {})
+    trial = search.compile_trial(replan, topology, {}, bundles=bundles)
     if trial.needed is None:
         raise CompilerError(trial.reason)
     if trial.compiled is not None:
@@ -185,6 +187,9 @@ def main() -> None:
         "ways", 3, "Ways to look for to make a run fit, where it does not.", 0
     )
     shardings = flags.DEFINE_bool("shardings", False, "Print the sharding of each parameter.")
+    bundles = flags.DEFINE_bool(
+        "bundles", False, "Time kernels by their bundles; compiling takes three times as long."
+    )
     sweeping = flags.DEFINE_bool("sweep", False, "Try batch sizes, remat and meshes, as a table.")
     batch_sizes = flags.DEFINE_list("sweep_batch_size", [], "Batch sizes; else ½, 1 and 2 times.")
     remats = flags.DEFINE_list("sweep_remat", [], "true, false or both; else both.")
@@ -209,6 +214,7 @@ def main() -> None:
                 workdir=pathlib.Path(workdir.value) if workdir.value else None,
                 ways=ways.value,
                 show_shardings=shardings.value,
+                bundles=bundles.value,
             )
         if json_path.value:
             _write(pathlib.Path(json_path.value), result)

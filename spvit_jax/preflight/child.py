@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from spvit_jax.errors import first_line
-from spvit_jax.preflight import bundles, libtpu
+from spvit_jax.preflight import libtpu
+from spvit_jax.preflight.bundles import libtpu_options
 from spvit_jax.preflight.compile import (
     EVAL_STEP,
     TRAIN_STEP,
@@ -39,12 +40,16 @@ _SECONDS_BETWEEN_LINES = 60
 _MESSAGES = "stderr.txt"
 
 
-def compile_steps(make_run: MakeRun, topology: Topology) -> tuple[CompiledStep, CompiledStep]:
+def compile_steps(
+    make_run: MakeRun, topology: Topology, *, bundles: bool = False
+) -> tuple[CompiledStep, CompiledStep]:
     """Compiles the train step and the eval step of a run, and shows that it is at work.
 
     Args:
       make_run: function of `devices` that returns the run, and that can be pickled.
       topology: chips to compile for.
+      bundles: whether to time kernels by their instruction bundles; compiling takes three times as
+        long.
 
     Raises:
       DoesNotFitError: the compiler ran out of the chip's memory.
@@ -55,7 +60,7 @@ def compile_steps(make_run: MakeRun, topology: Topology) -> tuple[CompiledStep, 
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         process = context.Process(
             target=_compile,
-            args=(theirs, folder, make_run, topology.slice_name, topology.num_slices),
+            args=(theirs, folder, bundles, make_run, topology.slice_name, topology.num_slices),
         )
         # A terminal's Ctrl-C goes to both processes; this one ends the other.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -141,23 +146,29 @@ class _Progress:
 
 
 def _compile(
-    pipe: Connection, folder: str, make_run: MakeRun, slice_name: str, num_slices: int
+    pipe: Connection,
+    folder: str,
+    dump: bool,
+    make_run: MakeRun,
+    slice_name: str,
+    num_slices: int,
 ) -> None:
     """Compiles both steps and sends them, or the error, through a pipe; runs in the process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     written = pathlib.Path(folder)
     with open(written / _MESSAGES, "wb") as messages:  # a compiler that crashes writes pages
         os.dup2(messages.fileno(), sys.stderr.fileno())
-    options = os.environ.get("LIBTPU_INIT_ARGS", ""), bundles.libtpu_options(written)
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join(options).strip()
+    if dump:
+        options = os.environ.get("LIBTPU_INIT_ARGS", ""), libtpu_options(written)
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(options).strip()
     try:
         libtpu.prepare()
         topology = get_topology(slice_name, num_slices)
         run = make_run(devices=topology.devices)
         pipe.send(("stage", f"the {TRAIN_STEP}"))
-        train = compile_train_step(run, topology.chip, written)
+        train = compile_train_step(run, topology.chip, written if dump else None)
         pipe.send(("stage", f"the {EVAL_STEP}"))
-        evaluation = compile_eval_step(run, topology.chip, written)
+        evaluation = compile_eval_step(run, topology.chip, written if dump else None)
         pipe.send(("done", (train, evaluation)))
     except (DoesNotFitError, CompilerError) as error:
         pipe.send(("error", error))

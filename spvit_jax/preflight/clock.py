@@ -20,7 +20,7 @@ from spvit_jax.preflight.topology import Chip
 
 CYCLES, BUNDLES, STATED = "the compiler's cycles", "a kernel's bundles", "a kernel's CostEstimate"
 SLICES, LINKS, BYTES = "gathered slices", "bytes over links", "bytes over memory bandwidth"
-# By `python -m benchmarks.calibrate`: S/16 in training 0.90 to 1.05, B/16 1.00, L/16 1.47.
+# By `python -m benchmarks.calibrate`: S/16 in training 0.89 to 1.04, B/16 1.00, L/16 1.47.
 CALIBRATION = "plain ViTs on TPU v3 were published with 0.9 to 1.5 times the speed expected of them"
 # A gather or scatter is a loop in the scalar unit over its slices; bundles of v5e for each.
 _BUNDLES_PER_SLICE = 11

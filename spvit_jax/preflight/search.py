@@ -51,17 +51,20 @@ class Trial:
         return self.needed is not None and self.too_large is None
 
 
-def compile_trial(replan: Replan, topology: Topology, changes: Changes) -> Trial:
+def compile_trial(
+    replan: Replan, topology: Topology, changes: Changes, *, bundles: bool = False
+) -> Trial:
     """Compiles a run with some changes; the trial says so where that fails.
 
     Args:
       replan: function from changes, and `devices`, to the run with them.
       topology: chips to compile for.
       changes: configuration fields to change.
+      bundles: whether to time kernels by their instruction bundles, as `child.compile_steps`.
     """
     try:
         run = replan(changes, devices=topology.devices)
-        steps = child.compile_steps(functools.partial(replan, changes), topology)
+        steps = child.compile_steps(functools.partial(replan, changes), topology, bundles=bundles)
     except DoesNotFitError as error:
         return Trial(changes, None, error.needed, str(error), error.step)
     except (InputError, CompilerError) as error:
