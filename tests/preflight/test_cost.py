@@ -68,7 +68,7 @@ def compiled(device, function, arguments, donated=()):
 def test_traffic_of_known_programs(device, name):
     function, arguments, donated, expected = PROGRAMS[name]
     counted = count_cost(compiled(device, function, arguments, donated)).hbm_bytes
-    assert counted == pytest.approx(expected, rel=0.02, abs=0.5e6)
+    assert counted == pytest.approx(expected, rel=1e-3, abs=0.5e6)
 
 
 def test_a_kernel_counts_as_its_author_says(device):
