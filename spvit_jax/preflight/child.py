@@ -20,6 +20,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+import jax
+
 from spvit_jax.errors import first_line
 from spvit_jax.preflight import libtpu
 from spvit_jax.preflight.bundles import libtpu_options
@@ -163,6 +165,8 @@ def _compile(
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(options).strip()
     try:
         libtpu.prepare()
+        # What is compiled for absent chips cannot be read back from JAX's cache.
+        jax.config.update("jax_enable_compilation_cache", False)
         topology = get_topology(slice_name, num_slices)
         run = make_run(devices=topology.devices)
         pipe.send(("stage", f"the {TRAIN_STEP}"))
