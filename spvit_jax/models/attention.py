@@ -12,8 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.fused import fused_attention
+from spvit_jax.kernels.mesh import on_each_device
 from spvit_jax.models.implementation import Implementation, check, choose
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
@@ -147,12 +150,15 @@ class Attention(nnx.Module):
         self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
         self.mix_weights = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
 
-    @jax.named_scope("gain")
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
+        return self._gain(self.prior, grid, num_prefix)
+
+    @jax.named_scope("gain")
+    def _gain(self, prior: SpatialPrior | None, grid: Grid, num_prefix: int) -> jax.Array | None:
         factors = []
-        if self.prior is not None:
-            factors.append(self.prior(grid, num_prefix))
+        if prior is not None:
+            factors.append(prior(grid, num_prefix))
         if self.mask is not None and self.mask.kind == "soft":
             factors.append(self.mask.gain(self.num_heads, grid, num_prefix))
         if not factors:
@@ -174,17 +180,31 @@ class Attention(nnx.Module):
 
     def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
-        gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
-        match choose(self.implementation, qkv, self.num_heads, gain, bias):
+        num_factors = (self.prior is not None) + (self.mask is not None)
+        match choose(self.implementation, qkv, self.num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
                 interpret = name == "fused_interpret"
-                with jax.named_scope("attention"):
-                    return fused_attention(qkv, self.num_heads, gain, bias, interpret=interpret)
+                return self._attend_fused(qkv, grid, num_prefix, interpret=interpret)
             case _:
+                gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
                 mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
                 q, k, v = self._split_heads(qkv)
                 out = attention(q, k, v, gain, bias, **mix)
                 return out.reshape(*qkv.shape[:-1], -1)
+
+    @jax.named_scope("attention")
+    def _attend_fused(
+        self, qkv: jax.Array, grid: Grid, num_prefix: int, *, interpret: bool
+    ) -> jax.Array:
+        graphdef, state = nnx.split(self.prior)
+
+        def attend(qkv: jax.Array, state: nnx.State) -> jax.Array:
+            gain = self._gain(nnx.merge(graphdef, state), grid, num_prefix)
+            bias = self.bias(grid, num_prefix)
+            return fused_attention(qkv, self.num_heads, gain, bias, interpret=interpret)
+
+        # Devices add up the gradient of the prior's parameters, and not that of G.
+        return checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)
 
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
