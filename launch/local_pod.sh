@@ -6,8 +6,8 @@
 #
 # COMMAND gets --coordinator, --num_processes and --process_id. Each process has DEVICES simulated
 # devices (2 unless set), and its number before each line that it says. SIGTERM, SIGINT and Ctrl-C
-# reach all of them as SIGTERM: save and stop. When one fails, the others have GRACE seconds (60
-# unless set) to end, and are killed then.
+# reach all of them as SIGTERM: save and stop. When one fails or stops early, the others have GRACE
+# seconds (60 unless set) to end, and are killed then.
 #
 # Exit code: 2 if a process was given wrong input, else 1 if one failed, else 75 if one stopped
 # early, else 0.
@@ -64,11 +64,11 @@ while ((${#pids[@]})); do
     unset "pids[id]"
     case $code in
       0) continue ;;
-      75) early=1 && continue ;;
+      75) early=1 ;;
       2) wrong=1 ;;
       *) failed=1 ;;
     esac
-    echo "[$id] ended with exit code $code" >&2
+    if ((code != 75)); then echo "[$id] ended with exit code $code" >&2; fi
     deadline=${deadline:-$((SECONDS + ${GRACE:-60}))}
   done
   if ((${#pids[@]} && SECONDS >= ${deadline:-SECONDS + 1})); then

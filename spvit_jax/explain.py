@@ -53,7 +53,7 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
       queries and images. Prefix tokens count as near: a query's attention to them is local.
       Padding of Swin's windows is no query.
     """
-    mask = LocalityMask(0, model.config.mask_shape)
+    mask = LocalityMask((), model.config.mask_shape)
     scores = []
     for attention, grid, num_prefix in model.attention_maps(images):
         near = mask.neighbourhood(grid, num_prefix)

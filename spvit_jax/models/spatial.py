@@ -129,15 +129,15 @@ class RelativePositionBias(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LocalityMask:
-    """MaiT's mask, which restricts the first heads of a layer to a neighbourhood of each patch.
+    """MaiT's mask, which restricts some heads of a layer to a neighbourhood of each patch.
 
     Attributes:
-      num_masked: number of masked heads, which are heads 0 to num_masked - 1.
+      heads: masked heads, counted from 0, in ascending order.
       radius: radius of the neighbourhood (rows, columns); (1, 1) is 3×3 patches, (1, 2) is 3×5.
       kind: "soft" sets the scores outside to 0 (the paper), "hard" to -inf (its fast variant).
     """
 
-    num_masked: int
+    heads: tuple[int, ...]
     radius: tuple[int, int] = (1, 1)
     kind: str = "soft"
 
@@ -146,6 +146,10 @@ class LocalityMask:
             raise InputError(f"mask_kind is {self.kind!r}; expected 'soft' or 'hard'")
         if min(self.radius) < 0:
             raise InputError(f"mask_radius is {self.radius}; expected numbers of at least 0")
+
+    def reach(self, grid: Grid) -> tuple[int, int]:
+        """Returns the radius of the neighbourhood (rows, columns) where the grid is no smaller."""
+        return min(self.radius[0], grid[0] - 1), min(self.radius[1], grid[1] - 1)
 
     def neighbourhood(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns M [P+N, P+N] bool: whether a key is near a query; prefix tokens always are."""
@@ -165,5 +169,5 @@ class LocalityMask:
         return jnp.where(self._removed(num_heads, grid, num_prefix), -jnp.inf, 0.0)
 
     def _removed(self, num_heads: int, grid: Grid, num_prefix: int) -> jax.Array:
-        masked = jnp.arange(num_heads) < self.num_masked
+        masked = jnp.asarray(np.isin(np.arange(num_heads), self.heads))
         return masked[:, None, None] & ~self.neighbourhood(grid, num_prefix)

@@ -137,6 +137,41 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
+        "prefix tokens are none of the tokens far away",
+        "kernels/local.py",
+        "tokens = shape.num_prefix + shape.grid[0]",
+        "tokens = shape.grid[0]",
+        "kernels/test_local.py::test_local_attention_equals_the_matrices",
+    ),
+    Mutant(
+        "the sum of all values lacks the prefix tokens",
+        "kernels/local.py",
+        "everywhere = v.astype(far.dtype) @ jnp.ones(v.shape[-1], far.dtype)",
+        "everywhere = v[..., shape.num_prefix :].sum(-1)",
+        "kernels/test_local.py::test_local_attention_equals_the_matrices",
+    ),
+    Mutant(
+        "the weight far away is not reduced by the largest score",
+        "kernels/local.py",
+        "far = jnp.exp(-largest)",
+        "far = jnp.ones_like(largest)",
+        "kernels/test_local.py::test_local_attention_equals_the_matrices",
+    ),
+    Mutant(
+        "values have the gradient of the pair the other way",
+        "kernels/local.py",
+        "neighbour_sum(_reflect(near - far, shape.radius), grad, shape.radius)",
+        "neighbour_sum(near - far, grad, shape.radius)",
+        "kernels/test_local.py::test_local_attention_equals_the_matrices",
+    ),
+    Mutant(
+        "rows and columns of a local neighbourhood are exchanged",
+        "models/spatial.py",
+        "return min(self.radius[0], grid[0] - 1), min(self.radius[1], grid[1] - 1)",
+        "return min(self.radius[1], grid[0] - 1), min(self.radius[0], grid[1] - 1)",
+        "models/test_vit.py::test_logits_equal_the_reference",
+    ),
+    Mutant(
         "the process's devices decide on the implementation, not the program's",
         "models/implementation.py",
         "jax.default_backend() if device is None else device.platform",
@@ -185,8 +220,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "queries, keys and values of each head lie together",
         "models/attention.py",
-        "3, self.num_heads, -1)",
-        "self.num_heads, 3, -1).swapaxes(-3, -2)",
+        "3, num_heads, -1)",
+        "num_heads, 3, -1).swapaxes(-3, -2)",
         "interop/test_parity.py::test_small_models_in_float64",
     ),
     Mutant(
@@ -273,6 +308,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "num_classes), smoothing)",
         "num_classes), smoothing * num_classes / (num_classes - 1))",
         "training/test_step.py::test_loss_of_each_head",
+    ),
+    # The loss of a process.
+    Mutant(
+        "whoever was paused takes the others for lost",
+        "distributed/liveness.py",
+        "if newest - seen > _SILENCE",
+        "if time.monotonic() - seen > _SILENCE",
+        "distributed/test_liveness.py::test_a_pause_of_this_process_is_not_the_loss_of_others",
+    ),
+    Mutant(
+        "a process that counts is lost if it has been there for long",
+        "distributed/liveness.py",
+        "_counts[other] = count, now",
+        "_counts.setdefault(other, (count, now))",
+        "distributed/test_liveness.py::test_who_counts_no_longer_is_lost",
+    ),
+    Mutant(
+        "an error of JAX's own is taken for the loss of another process",
+        "distributed/failure.py",
+        "START_AGAIN if lost else FAILED",
+        "START_AGAIN",
+        "distributed/test_liveness.py::"
+        "test_an_abort_is_to_be_started_again_only_if_another_process_is_lost",
     ),
     # The optimizer.
     Mutant(

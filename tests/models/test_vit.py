@@ -34,17 +34,29 @@ CASES = {
         "spvit_s",
         {"depth": 3, "stem_width": 8, "spatial_layers": 2, "class_token_layer": 0},
     ),
-    "mait_soft": ("mait_t", {"depth": 3}),
+    "mait_soft": ("mait_t", {"depth": 3, "attention": "xla"}),
+    "mait_soft_local": ("mait_t", {"depth": 3, "attention": "local"}),
     "mait_hard_3x5": (
         "mait_t",
         {"depth": 4, "masked_heads": ((1, 3), (2, 1), (1, 0)), "mask_kind": "hard"}
+        | {"attention": "xla"}
         | {"mask_radius": (1, 2)},
+    ),
+    "mait_of_chosen_heads_local": (
+        "mait_t",
+        {"depth": 3, "masked_heads": ((0, 2), (1,), ()), "mask_radius": (2, 1)}
+        | {"attention": "local", "mask_kind": "hard", "qkv_bias": False, "distilled": True},
+    ),
+    "masked_spvit_local": (
+        "spvit_s",
+        {"depth": 3, "stem_width": 8, "spatial_layers": 2, "masked_heads": (2, (0, 2), (1,))}
+        | {"attention": "local", "mask_radius": (1, 2)},
     ),
     "mait_layerscale": ("mait_s_layerscale", {"depth": 3}),
     "masked_scaled_distilled_spvit": (
         "spvit_s",
         {"depth": 3, "stem_width": 8, "spatial_layers": 2, "masked_heads": ((3, 2),)}
-        | {"layer_scale": 0.1, "distilled": True},
+        | {"layer_scale": 0.1, "distilled": True, "attention": "xla"},
     ),
 }
 
