@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import atomic, cli, paths
+from spvit_jax import atomic, cli, compilation_cache, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.augment import mix
 from spvit_jax.models import Model
@@ -53,7 +53,7 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
       queries and images. Prefix tokens count as near: a query's attention to them is local.
       Padding of Swin's windows is no query.
     """
-    mask = LocalityMask(0, model.config.mask_shape)
+    mask = LocalityMask((), model.config.mask_shape)
     scores = []
     for attention, grid, num_prefix in model.attention_maps(images):
         near = mask.neighbourhood(grid, num_prefix)
@@ -195,6 +195,7 @@ def main() -> None:
     weights = cli.weights_flags()
 
     def run() -> None:
+        compilation_cache.start(config().compilation_cache)
         folder = paths.parse_output(output.value)
         result = explain(config(), paths.parse(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")

@@ -21,7 +21,7 @@ from tests.helpers.configs import digits
 from tests.helpers.tpu_compiler import DIGITS, one_chip
 from tests.helpers.variables import random_variables
 
-SOFT, HARD = LocalityMask(1, (1, 1), "soft"), LocalityMask(2, (1, 2), "hard")
+SOFT, HARD = LocalityMask((0,), (1, 1), "soft"), LocalityMask((0, 1), (1, 2), "hard")
 
 
 def module(heads, head_dim, implementation, **kind):
