@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import atomic, cli, paths
+from spvit_jax import atomic, cli, compilation_cache, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.augment import mix
 from spvit_jax.models import Model
@@ -195,6 +195,7 @@ def main() -> None:
     weights = cli.weights_flags()
 
     def run() -> None:
+        compilation_cache.start(config().compilation_cache)
         folder = paths.parse_output(output.value)
         result = explain(config(), paths.parse(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")

@@ -40,6 +40,7 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     """
     config = config_lib.base()
     config.model.name = model
+    config.model.dtype = "bfloat16"
     config.model.scan = True
 
     config.augment.repeats = 3
@@ -82,6 +83,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config = config_lib.base()
     config.model.name = name
     config.model.image_size = args.image_size
+    config.model.dtype = "bfloat16"
     config.model.scan = True
 
     config.augment.interpolation = "random"

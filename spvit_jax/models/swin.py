@@ -23,8 +23,9 @@ from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.implementation import Implementation, check
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import LayerNorm, PatchEmbed
+from spvit_jax.models.layers import LayerNorm
 from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
+from spvit_jax.models.stem import PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
