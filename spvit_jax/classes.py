@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import zlib
+
+from etils import epath
 
 from spvit_jax import atomic
 from spvit_jax.errors import InputError, some
@@ -48,7 +49,7 @@ def fingerprint(names: ClassNames) -> str:
 
 
 def claim_workdir(
-    workdir: pathlib.Path, names: ClassNames, *, in_use: bool, write: bool = True
+    workdir: epath.Path, names: ClassNames, *, in_use: bool, write: bool = True
 ) -> None:
     """Writes the class names of a run to its workdir, or checks that they are those of the workdir.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 import pathlib
 import sys
 import traceback
@@ -12,27 +12,38 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import spvit_jax
 from spvit_jax import config as config_lib
-from spvit_jax import distributed, logs
-from spvit_jax.errors import InputError, WriteError, exit_code, nearest
+from spvit_jax import distributed, help, logs, recipes
+from spvit_jax.errors import WRONG_INPUT, InputError, WriteError, exit_code, nearest
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+    from types import ModuleType
 
 T = TypeVar("T")
 Getter = Callable[[], T]  # returns a flag's value, once flags are parsed
 
-STOPPED_EARLY = os.EX_TEMPFAIL  # exit code 75: all is saved; start the same command again
+_CONFIG_HELP = (
+    "Recipe with its arguments, such as spvit:s,384, by the name of one that comes with the "
+    "package or as a file, configs/spvit.py:s,384."
+)
 
 
-def run(main: Callable[[], object]) -> None:
-    """Parses the flags and runs a command; an error that is no bug is printed as one line."""
+def run(main: Callable[..., object], *, operands: str = "") -> None:
+    """Parses the flags and runs a command; an error that is no bug is printed as one line.
+
+    Args:
+      main: the command. Its module's docstring is the help text.
+      operands: what stands in the help text for arguments that are no flags, such as "IMAGE…",
+        which `main` is called with; by default there are none.
+    """
 
     def guarded(argv: list[str]) -> None:
         try:
-            if argv[1:]:
+            if argv[1:] and not operands:
                 raise InputError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-            main()
+            main(*argv[1:])
         except Exception as error:
             code = exit_code(error)
             if code is None:
@@ -41,12 +52,15 @@ def run(main: Callable[[], object]) -> None:
                 # Coroutines that orbax leaves behind would print tracebacks at exit.
                 sys.unraisablehook = lambda _: None
             fail(error, code)
+        finally:
+            logs.flush()
 
     # Orbax warns of its own defaults at every call, and logs the tracebacks of what it raises.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _print_unraisable
     logs.start()
-    app.run(guarded, flags_parser=_parse)
+    module = sys.modules[main.__module__]
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, module, operands))
 
 
 def _print_unraisable(unraisable: UnraisableHookArgs) -> None:
@@ -59,10 +73,18 @@ def _print_unraisable(unraisable: UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], module: ModuleType, operands: str = "") -> list[str]:
     """Parses the flags, for `app.run`; returns the arguments that are no flags."""
+    if help.is_asked_for(argv):
+        print(help.text(argv, module, operands))
+        sys.exit()
+    if "--version" in argv[1:]:
+        print(f"spvit_jax {spvit_jax.__version__}")
+        sys.exit()
+    argv = _with_recipe_files(argv)
     path = _config_file(argv)
     try:
+        _import_packages(argv)
         _check_config_flags(argv, path)
         rest = flags.FLAGS(argv)
         if path is not None:
@@ -92,30 +114,72 @@ def _as_line(error: Exception, path: pathlib.Path | None) -> str | None:
             return message if known else f"{path}:{lines[-1]}: {type(cause).__name__}: {message}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, InputError | flags.Error):
-        return str(error)
+        return help.missing_flags(error) or str(error)
     return None if path is None else f"{path}: {type(error).__name__}: {error}"
 
 
 def _config_file(argv: list[str]) -> pathlib.Path | None:
     """Returns the file that --config names, without the argument behind its colon, or None."""
-    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-        if arg.startswith("-"):
-            name, separator, value = arg.lstrip("-").partition("=")
-            if name == "config":
-                return pathlib.Path((value if separator else following).partition(":")[0])
+    for arg in argv[1:]:
+        name, _, value = arg.lstrip("-").partition("=")
+        if name == "config" and arg.startswith("-"):
+            return pathlib.Path(value.partition(":")[0])
     return None
+
+
+def _with_recipe_files(argv: list[str]) -> list[str]:
+    """Returns the arguments with `--config NAME` as one word, and a recipe's file for its NAME.
+
+    A file of this name comes before a recipe that comes with the package.
+    """
+    joined: list[str] = []
+    for arg in argv:
+        if joined and joined[-1] in ("-config", "--config", "-import", "--import"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    known = recipes.shipped()
+    for index, arg in enumerate(joined[1:], 1):
+        flag, _, value = arg.partition("=")
+        name, colon, argument = value.partition(":")
+        if flag.lstrip("-") == "config" and name in known and not pathlib.Path(name).is_file():
+            joined[index] = f"{flag}={known[name]}{colon}{argument}"
+    return joined
+
+
+def _import_packages(argv: list[str]) -> None:
+    """Imports what --import names, before a recipe is read that may use it.
+
+    Raises:
+      InputError: there is no such module, or it imports one that there is not.
+    """
+    for arg in argv[1:]:
+        flag, _, name = arg.partition("=")
+        if flag.lstrip("-") != "import" or not arg.startswith("-"):
+            continue
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # the working directory, as for `python -m`
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"--import={name}: {error}; expected a module on the path, or in this folder"
+            ) from error
 
 
 def _check_config_flags(argv: list[str], path: pathlib.Path | None) -> None:
     """Raises an `InputError` for a config file or key that does not exist."""
     if path is not None and not path.is_file():
-        raise InputError(f"there is no config file {path}; see configs/")
-    known = config_lib.flatten(config_lib.base().to_dict())
+        known = recipes.shipped()
+        raise InputError(
+            f"there is no config file {path}, and no recipe of this name{nearest(path.stem, known)}"
+        )
+    fields = config_lib.flatten(config_lib.base().to_dict())
     for arg in argv[1:]:
         name = arg.lstrip("-").partition("=")[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
+        if name.startswith("config.") and name.removeprefix("config.") not in fields:
             key = name.removeprefix("config.")
-            raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
+            raise InputError(f"unknown config key {key!r}{nearest(key, fields)}")
 
 
 def _check_fields(config: Any, path: pathlib.Path) -> None:
@@ -130,7 +194,7 @@ def _check_fields(config: Any, path: pathlib.Path) -> None:
         )
 
 
-def fail(error: object, code: int = 2) -> NoReturn:
+def fail(error: object, code: int = WRONG_INPUT) -> NoReturn:
     """Prints an error as one line and exits the program with a code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
@@ -138,7 +202,10 @@ def fail(error: object, code: int = 2) -> NoReturn:
 
 def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     """Defines --config; returns a function for its value, to be called after parsing."""
-    holder = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:ARGUMENTS")
+    holder = config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
+    flags.DEFINE_multi_string(
+        "import", [], "Module of one's own that registers models, data sets or losses."
+    )
     if required:
         flags.mark_flag_as_required("config")
     return lambda: holder.value

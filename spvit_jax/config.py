@@ -11,9 +11,9 @@ import copy
 import json
 import logging
 import math
-import pathlib
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -39,11 +39,15 @@ _DURATIONS = (
 )
 # Fields that may change between the start of a run and its continuation in the same workdir.
 _CHANGEABLE = (
+    "compilation_cache",
     "mesh",
     "data.data_dir",
     "data.threads",
     "data.eval_batch_size",
     "data.max_unreadable",
+    "stall_timeout",
+    "profile",
+    "wandb",
 )
 
 
@@ -56,6 +60,10 @@ def base() -> ConfigDict:
     config.seed = 0  # random seed of the weights, the order of the data and everything else
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
+
+    # Folder of compiled programs, or "off"; None: JAX_COMPILATION_CACHE_DIR, else in the workdir,
+    # or in ~/.cache for commands without one.
+    config.compilation_cache = placeholder(str)
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
@@ -103,6 +111,7 @@ def base() -> ConfigDict:
     token_labels.official_axes = False  # take x for y where the authors' code does
 
     config.loss = loss = ConfigDict()
+    loss.name = "cross_entropy"  # or one that training.losses.register_loss has added
     loss.label_smoothing = 0.1  # fraction of the target spread over all classes
     loss.dense_weight = 1.0  # weight of the loss of a dense head, where the model has one
 
@@ -134,6 +143,14 @@ def base() -> ConfigDict:
     checkpoint.keep_best = 1  # best ones kept, by top-1 of the evaluation
     config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
     config.init_new_head = False  # whether a head for other classes may be replaced by a new one
+
+    # Seconds without the end of a step after which a run that stands still is ended, or 30 median
+    # steps if they are longer; six times that for compiling, evaluating and saving; 0: never.
+    config.stall_timeout = 300.0
+    config.profile = profile = ConfigDict()
+    profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
+    profile.steps = 5  # steps in a trace
+    config.wandb = placeholder(str)  # project of Weights & Biases to report to as well
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
@@ -274,7 +291,7 @@ def evaluation_of(config: ConfigDict, image_shape: tuple[int, int]) -> Evaluatio
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: ConfigDict, *, in_use: bool, write: bool = True
+    workdir: epath.Path, config: ConfigDict, *, in_use: bool, write: bool = True
 ) -> None:
     """Writes a run's configuration to its workdir, or refuses a workdir of another configuration.
 
@@ -321,7 +338,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(path: pathlib.Path) -> ConfigDict:
+def from_json(path: epath.Path) -> ConfigDict:
     """Reads a configuration from JSON; fields that the file lacks have their defaults.
 
     Raises:

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import atomic, cli
+from spvit_jax import atomic, cli, paths
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.classes import ClassNames
@@ -34,12 +34,12 @@ from spvit_jax.models.resize import check_adaptable
 from spvit_jax.training import checkpoint, sharding
 from spvit_jax.training.state import Variables
 
-Writer = Callable[[pathlib.Path, Variables, ModelConfig, ClassNames | None], None]
+Writer = Callable[[epath.Path, Variables, ModelConfig, ClassNames | None], None]
 
 
 def convert(
-    source: pathlib.Path,
-    output: pathlib.Path,
+    source: epath.Path,
+    output: epath.Path,
     like: ModelConfig | None,
     *,
     image_size: int | tuple[int, int] | None = None,
@@ -88,7 +88,7 @@ def convert(
 
 
 def write_checkpoint(
-    output: pathlib.Path,
+    output: epath.Path,
     variables: Variables,
     model: ModelConfig,
     class_names: ClassNames | None = None,
@@ -99,14 +99,14 @@ def write_checkpoint(
       InputError: the workdir cannot be written.
     """
     try:
-        with atomic.replacing(output) as temporary:
+        with atomic.making_folder(output) as temporary:
             checkpoint.save_variables(temporary, variables, model, class_names)
     except Exception as error:  # whatever a full disk makes orbax raise
         raise InputError(f"cannot write {output}: {first_line(error)}") from error
 
 
 def write_torch(
-    output: pathlib.Path,
+    output: epath.Path,
     variables: Variables,
     model: ModelConfig,
     class_names: ClassNames | None = None,
@@ -163,13 +163,13 @@ def main() -> None:
 
     def run() -> None:
         image_size = read_image_size(size.value) if size.value else None
-        target = pathlib.Path(output.value)
+        target = paths.parse_output(output.value)
         write: Writer = write_checkpoint
         if reverse.value:
             files.check_name(target)
             write = functools.partial(write_torch, dialect=cast(Dialect, names.value))
         convert(
-            pathlib.Path(source.value),
+            paths.parse(source.value),
             target,
             _model(arch.value, config(), image_size),
             image_size=image_size,
@@ -189,7 +189,7 @@ def _model(
         raise InputError("--arch and --config both name a model; give one of them")
     if config:
         return config_lib.model_settings(config, num_classes=1000)
-    return model_config(arch, image_size=image_size or 224) if arch else None
+    return model_config(arch, image_size=image_size) if arch else None
 
 
 if __name__ == "__main__":

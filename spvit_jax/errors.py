@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import pathlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+# Exit codes of all commands, which the scripts and manifests of launch/ act upon.
+FAILED = 1  # may succeed when tried again, a limited number of times
+WRONG_INPUT = 2  # never succeeds as it is
+START_AGAIN = os.EX_TEMPFAIL  # 75: the same command, started again, goes on from what is saved
 
 
 class InputError(ValueError):
@@ -23,17 +28,17 @@ class WriteError(OSError):
 def exit_code(error: BaseException) -> int | None:
     """Returns the exit code of a command that ends with an error; None if the error is a bug."""
     if isinstance(error, InputError):
-        return 2
-    return 1 if isinstance(error, WriteError | FloatingPointError) else None
+        return WRONG_INPUT
+    return FAILED if isinstance(error, WriteError | FloatingPointError) else None
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: os.PathLike[str]) -> Iterator[None]:
     """Turns an `OSError` inside into a `WriteError` that names the file; a context manager."""
     try:
         yield
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+        raise WriteError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

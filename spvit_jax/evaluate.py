@@ -11,25 +11,25 @@ go to the standard output as JSON, and to the file if one is named.
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
-import time
 from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed
+from spvit_jax import atomic, cli, compilation_cache, distributed, logs, paths
 from spvit_jax import plan as plan_lib
-from spvit_jax.errors import writing
+from spvit_jax.errors import START_AGAIN, writing
 from spvit_jax.training import sharding
 from spvit_jax.training.evaluation import evaluate
+from spvit_jax.training.timeline import EVALUATION, Timeline
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, path: pathlib.Path, *, which: str, weights: str, split: str | None
-) -> dict[str, Any]:
+    config: ConfigDict, path: epath.Path, *, which: str, weights: str, split: str | None
+) -> dict[str, Any] | None:
     """Evaluates a checkpoint on a split of the configuration's data set.
 
     Args:
@@ -43,23 +43,46 @@ def evaluate_checkpoint(
 
     Returns:
       `top1`, `top5`, `loss`, `count`, `images_per_second` after compilation, and `weights`:
-      which were taken, "ema" or "model".
+      which were taken, "ema" or "model". None if a SIGTERM came first.
 
     Raises:
       InputError: the configuration, the data or the checkpoint cannot be used.
       FloatingPointError: logits are not finite numbers.
     """
+    timeline = Timeline(config.stall_timeout)
     plan = plan_lib.evaluation(config, path, which=which, weights=weights, split=split)
-    variables = plan.load()
-    with plan.batches() as first:  # compiles, so that compilation is not timed
-        batch = sharding.put_batch(next(first), plan.mesh)
-        jax.block_until_ready(plan.eval_step(variables, batch))
-    start = time.monotonic()
-    results = evaluate(plan.eval_step, variables, plan.batches(), plan.mesh)
-    return results | {
-        "images_per_second": results["count"] / (time.monotonic() - start),
-        "weights": "ema" if plan.weights.is_average else "model",
-    }
+    with (
+        distributed.Interrupt() as interrupt,
+        timeline,
+        distributed.Watchdog(timeline.activity),
+    ):
+        variables = plan.load()
+        with plan.batches() as first:  # compiles, so that compilation is not timed
+            batch = sharding.put_batch(next(first), plan.mesh)
+            jax.block_until_ready(plan.eval_step(variables, batch))
+        with (
+            timeline.phase(EVALUATION),
+            logs.Progress("evaluation", plan.num_batches, "batch") as progress,
+        ):
+
+            def advance() -> None:
+                timeline.tick()
+                progress.advance()
+
+            results = evaluate(
+                plan.eval_step,
+                variables,
+                plan.batches(),
+                plan.mesh,
+                progress=advance,
+                stops=interrupt.requested,
+            )
+        if results is None:
+            return None
+        return results | {
+            "images_per_second": results["count"] / timeline.seconds()[EVALUATION],
+            "weights": "ema" if plan.weights.is_average else "model",
+        }
 
 
 def main() -> None:
@@ -74,19 +97,23 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
-        with distributed.joined(address()):
+        target = paths.parse_output(output.value) if output.value else None
+        with distributed.joined(address(), notices=True):
+            compilation_cache.start(config().compilation_cache)
             results = evaluate_checkpoint(
                 config(),
-                pathlib.Path(path.value),
+                paths.parse(path.value),
                 split=split.value,
                 **weights(),
             )
             text = json.dumps(results, indent=2) + "\n"
-            if distributed.is_primary():
+            if distributed.is_primary() and results is not None:
                 sys.stdout.write(text)
-                if output.value:
-                    with writing(pathlib.Path(output.value)):
-                        pathlib.Path(output.value).write_text(text)
+                if target is not None:
+                    with writing(target):
+                        atomic.write_text(target, text)
+        if results is None:
+            cli.fail("SIGTERM came before the evaluation was complete", START_AGAIN)
 
     cli.run(run)
 

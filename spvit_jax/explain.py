@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -19,9 +18,10 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli
+from spvit_jax import atomic, cli, compilation_cache, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.augment import mix
 from spvit_jax.models import Model
@@ -53,7 +53,7 @@ def locality_scores(model: Model, images: jax.Array) -> list[np.ndarray]:
       queries and images. Prefix tokens count as near: a query's attention to them is local.
       Padding of Swin's windows is no query.
     """
-    mask = LocalityMask(0, model.config.mask_shape)
+    mask = LocalityMask((), model.config.mask_shape)
     scores = []
     for attention, grid, num_prefix in model.attention_maps(images):
         near = mask.neighbourhood(grid, num_prefix)
@@ -91,18 +91,19 @@ def layer_similarity(model: Model, images: jax.Array) -> np.ndarray:
     return similarity
 
 
-def plot_similarity(similarity: np.ndarray, path: pathlib.Path) -> None:
+def plot_similarity(similarity: np.ndarray, path: epath.Path) -> None:
     """Draws the similarity [L, L] of the layers' attention as a PNG file; NaN is white."""
     side = 3 + 0.15 * len(similarity)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axis.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
     axis.set(xlabel="layer", ylabel="layer", title="similarity of attention")
     figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
-    figure.savefig(path, dpi=120)
+    with atomic.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
-def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
+def plot_priors(priors: dict[int, np.ndarray], path: epath.Path) -> None:
     """Draws the learned gains, a row per layer and a column per head, as a PNG file."""
     heads = next(iter(priors.values())).shape[0]
     spread = max(float(np.abs(table - 1).max()) for table in priors.values())
@@ -130,14 +131,15 @@ def plot_priors(priors: dict[int, np.ndarray], path: pathlib.Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("dy in patches", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8, label="gain G (1 is plain attention)")
-    figure.savefig(path, dpi=120)
+    with atomic.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
 def explain(
     config: ConfigDict,
-    path: pathlib.Path,
-    output: pathlib.Path,
+    path: epath.Path,
+    output: epath.Path,
     *,
     which: str = "best",
     weights: str = "auto",
@@ -174,7 +176,7 @@ def explain(
         "priors": {str(layer): table.tolist() for layer, table in priors.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "explain.json").write_text(json.dumps(result) + "\n")
+    atomic.write_text(output / "explain.json", json.dumps(result) + "\n")
     plot_similarity(similarity, output / "similarity.png")
     if priors:
         plot_priors(priors, output / "priors.png")
@@ -193,8 +195,9 @@ def main() -> None:
     weights = cli.weights_flags()
 
     def run() -> None:
-        folder = pathlib.Path(output.value)
-        result = explain(config(), pathlib.Path(path.value), folder, **weights())
+        compilation_cache.start(config().compilation_cache)
+        folder = paths.parse_output(output.value)
+        result = explain(config(), paths.parse(path.value), folder, **weights())
         print("attention locality score of each head (1: only its neighbourhood)")
         for layer, scores in enumerate(result["locality_scores"]):
             print(f"  layer {layer}: " + "  ".join(f"{score:.2f}" for score in scores))

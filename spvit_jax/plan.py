@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spvit_jax import classes, distributed
+from spvit_jax import classes, distributed, paths
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.augment import mix
@@ -32,8 +32,9 @@ from spvit_jax.data.token_labels.store import open_label_maps
 from spvit_jax.errors import InputError
 from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
+from spvit_jax.models.implementation import check_platform
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, optimizer, sharding
+from spvit_jax.training import checkpoint, optimizer, sharding, wandb_writer
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.run import DataSize, TrainingRun
@@ -77,7 +78,7 @@ class TrainingPlan:
         )
         return state_lib.with_variables(state, variables), self.init_from.where
 
-    def claim(self, workdir: pathlib.Path) -> None:
+    def claim(self, workdir: epath.Path) -> None:
         """Creates the workdir and writes the run's configuration and class names to it.
 
         Raises:
@@ -110,6 +111,12 @@ class EvaluationPlan:
     mesh: Mesh
     eval_step: Callable[[Variables, Any], Metrics]
 
+    @property
+    def num_batches(self) -> int:
+        """Number of the batches of one evaluation."""
+        size = sharding.round_up(self.config.data.eval_batch_size, self.mesh)
+        return -(-len(self.source) // size)
+
     def load(self) -> Variables:
         """Reads the weights onto the mesh; raises as `Weights.load`."""
         return self.weights.load(self.model, self.mesh, preset=self.config.mesh.sharding)
@@ -133,7 +140,7 @@ class Teacher:
     model: ModelConfig
 
 
-def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
+def training(config: ConfigDict, workdir: epath.Path) -> TrainingPlan:
     """Plans a training run on this machine's data and devices; writes nothing.
 
     Args:
@@ -144,6 +151,8 @@ def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
       InputError: the configuration, the data or the weights cannot be used.
     """
     check_names(config)
+    check_paths(config)
+    wandb_writer.check_installed(config.wandb)
     splits = datasets.open_splits(config.data, seed=config.seed)
     label_maps = open_label_maps(config, splits.whole)
     size = DataSize(
@@ -164,7 +173,7 @@ def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
     distributed.connect(run.mesh)
     init_from = None
     if config.init_from and newest is None:
-        init_from = weights_lib.find(pathlib.Path(config.init_from), run.model)
+        init_from = weights_lib.find(paths.parse(config.init_from), run.model)
         init_from.check(
             run.model, new_head=config.init_new_head, class_names=splits.train.class_names
         )
@@ -200,7 +209,7 @@ def training(config: ConfigDict, workdir: pathlib.Path) -> TrainingPlan:
 
 def evaluation(
     config: ConfigDict,
-    path: pathlib.Path,
+    path: epath.Path,
     *,
     which: str = "best",
     weights: str = "auto",
@@ -235,24 +244,38 @@ def evaluation(
     model = config_lib.model_settings(config, num_classes=source.num_classes)
     model = found.adopt_layer_kinds(model)
     found.check(model)
+    check_platform(model.attention, sharding.platform(mesh))
     settings = StepSettings.of(config, num_classes=source.num_classes)
     step = jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings))
     return EvaluationPlan(config, model, found, source, mesh, step)
 
 
 def check_names(config: ConfigDict) -> None:
-    """Checks that the names in a configuration exist, apart from those of its data.
+    """Checks that the names in a configuration exist, and that the place of its data can be.
 
     Raises:
       InputError: there is no such model, optimizer, preset of shardings, interpolation or policy
-        of augmentation; names the nearest.
+        of augmentation, and the nearest is named; or as `paths.parse`.
     """
+    paths.parse(config.data.data_dir)
+    datasets.folder_of(config.data.dataset)
     model = config_lib.model_settings(config, num_classes=1)
     optimizer.check_name(config.optim.name)
     sharding.check_preset(config.mesh.sharding)
     BatchTransform.of(config)
     TrainTransform.of(config, model.image_shape)
     EvalTransform.of(config, model.image_shape)
+
+
+def check_paths(config: ConfigDict) -> None:
+    """Checks the paths from which a new run starts; whether they hold what they should comes later.
+
+    Raises:
+      InputError: as `paths.parse`.
+    """
+    for path in (config.token_labels.path, config.init_from, config.distill.teacher):
+        if path:
+            paths.parse(path)
 
 
 def find_teacher(config: ConfigDict, data: DataSize) -> Teacher | None:
@@ -269,7 +292,7 @@ def find_teacher(config: ConfigDict, data: DataSize) -> Teacher | None:
             "config.distill.teacher is set, and the model has no distillation token to learn from "
             "it; choose a distilled one, or set config.model.distilled=True"
         )
-    found = weights_lib.find(pathlib.Path(config.distill.teacher), None)
+    found = weights_lib.find(paths.parse(config.distill.teacher), None)
     check_classes(found.config, student, found.where, may_replace=False)
     if data.class_names is not None:
         found.check_class_names(data.class_names, "choose a teacher of the same classes")
@@ -307,6 +330,7 @@ def training_run(
         config, num_classes=data.num_classes, grid=model.grid if data.label_map else None
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_platform(model.attention, sharding.platform(mesh))
     sharding.check_batch_size(config.data.batch_size, mesh, settings.accumulate)
     mix.check_group_size(config)
     return run_lib.build(config, model, settings, mesh, data, teacher)

@@ -1,6 +1,8 @@
-"""Recipes that several files in `configs/` share: DeiT's, and LV-ViT's with token labels."""
+"""What the recipes in `configs/` share: where they are, DeiT's, and LV-ViT's with token labels."""
 
 from __future__ import annotations
+
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -20,6 +22,17 @@ _TOKEN_LABELLING = {
 }
 
 
+def shipped() -> dict[str, pathlib.Path]:
+    """Returns the files of the recipes that come with the package, by name, such as "spvit"."""
+    package = pathlib.Path(__file__).parent
+    # In an installed package they are inside it, in a checkout beside it.
+    folder = next(
+        (path for path in (package / "configs", package.parent / "configs") if path.is_dir()), None
+    )
+    files = [] if folder is None else sorted(folder.glob("*.py"))
+    return {path.stem: path for path in files}
+
+
 def deit(model: str, *, epochs: int) -> ConfigDict:
     """Returns DeiT's recipe (arXiv 2012.12877) for a named model at 224 pixels.
 
@@ -27,6 +40,7 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     """
     config = config_lib.base()
     config.model.name = model
+    config.model.dtype = "bfloat16"
     config.model.scan = True
 
     config.augment.repeats = 3
@@ -69,6 +83,7 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config = config_lib.base()
     config.model.name = name
     config.model.image_size = args.image_size
+    config.model.dtype = "bfloat16"
     config.model.scan = True
 
     config.augment.interpolation = "random"

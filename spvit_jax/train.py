@@ -3,28 +3,30 @@
     python -m spvit_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The same command started again continues the run in that workdir, to the same end, bit for bit.
-It exits with code 0 when the run is complete, and with 75 when it has to be started again, after
-all of it has been saved.
+It exits with code 0 when the run is complete, and with 75 when it has to be started again: after a
+SIGTERM, with all of it saved, or because it stood still (`config.stall_timeout`).
 """
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs
+from spvit_jax import cli, compilation_cache, distributed, logs, paths
 from spvit_jax import plan as plan_lib
+from spvit_jax.errors import START_AGAIN
 from spvit_jax.logs import log
 from spvit_jax.plan import TrainingPlan
 from spvit_jax.training import checkpoint, report, sharding
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.evaluation import evaluate
+from spvit_jax.training.timeline import CHECKPOINT, EVALUATION, INPUT, Timeline
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -> bool:
+def train(config: ConfigDict, workdir: epath.Path, *, dry_run: bool = False) -> bool:
     """Trains the model of a configuration, or continues the run in a workdir.
 
     Args:
@@ -40,12 +42,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
       FloatingPointError: the loss, the gradient or the state is no longer finite.
       WriteError: the disk is full, or cannot be written to any more.
     """
+    timeline = Timeline(config.stall_timeout)
     # ── Plan: the data, the model, the steps, and what they start from ───────────────────────────
     plan = plan_lib.training(config, workdir)
     run, config = plan.run, plan.run.config
     total_steps = run.steps
     if not dry_run:
         plan.claim(workdir)
+        compilation_cache.start(config.compilation_cache, workdir)
     logs.start_run(None if dry_run else workdir)
     report.summarize(run)
     if dry_run:
@@ -54,6 +58,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
 
     with (
         distributed.Interrupt() as interrupt,
+        timeline,
+        distributed.Watchdog(timeline.activity),
         checkpoint.Checkpoints(
             workdir,
             run.model,
@@ -68,51 +74,68 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, dry_run: bool = False) -
             state, origin = plan.create_state()
         step = int(state.step)
         log.info("start           at step %d of %d, from %s", step, total_steps, origin)
+        # A SIGTERM may have come during the evaluation at this step, which is then still to come.
+        evaluates = run.evaluates_at(step) and not checkpoints.has_metrics(step)
 
         with (
             plan.train_batches(start_step=step) as batches,
-            report.Reporter(
-                workdir, start_step=step, total_steps=total_steps, batch_size=config.data.batch_size
+            report.Reporter.of(
+                run, workdir, timeline, start_step=step, evaluates=evaluates
             ) as reporter,
         ):
             # ── Steps ────────────────────────────────────────────────────────────────────────────
-            while step < total_steps and not interrupt.requested(step):
-                batch = sharding.put_batch(next(batches), run.mesh)
-                state = run.train_step(state, batch, run.root, plan.teacher)
-                step += 1
-                reporter.advance()
+            while (evaluates or step < total_steps) and not interrupt.requested():
+                if not evaluates:
+                    with timeline.phase(INPUT):
+                        batch = sharding.put_batch(next(batches), run.mesh)
+                    with reporter.step():
+                        state = run.train_step(state, batch, run.root, plan.teacher)
+                    step += 1
+                    reporter.advance(state.step)
 
-                if step % config.log_every == 0 or step == total_steps:
-                    state_lib.check_finite(state)
-                    reporter.train(step, state.metrics, float(run.learning_rate(step - 1)))
-                    state = state.replace(metrics=run.zero_metrics())
+                    if step % config.log_every == 0 or step == total_steps:
+                        state_lib.check_finite(state)
+                        reporter.train(state.metrics, float(run.learning_rate(step - 1)))
+                        state = state.replace(metrics=run.zero_metrics())
 
                 results = None
-                if step % config.eval_every == 0 or step == total_steps:
+                if run.evaluates_at(step):
                     state_lib.check_finite(state)
-                    with reporter.pause():
+                    with timeline.phase(EVALUATION):
                         results = evaluate(
-                            run.eval_step, state.best_model, plan.eval_batches(), run.mesh
+                            run.eval_step,
+                            state.best_model,
+                            plan.eval_batches(),
+                            run.mesh,
+                            progress=timeline.tick,
+                            stops=interrupt.requested,
                         )
-                    reporter.evaluation(step, results)
+                    evaluates = results is None
+                    if results:
+                        reporter.evaluation(results)
 
                 if results or step % config.checkpoint.every == 0:
                     state_lib.check_finite(state, run.finite_leaves(state))
-                    checkpoints.save(step, state, results)
+                    with timeline.phase(CHECKPOINT):
+                        reporter.flush()
+                        checkpoints.save(step, state, results)
 
         # ── End ──────────────────────────────────────────────────────────────────────────────────
-        if step < total_steps:
-            state_lib.check_finite(state, run.finite_leaves(state))
-            checkpoints.save(step, state)
-        checkpoints.wait()  # so that the line below is true
-        if step < total_steps:
-            log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
-        else:
+        complete = step == total_steps and not evaluates
+        with timeline.phase(CHECKPOINT):
+            if not complete:
+                state_lib.check_finite(state, run.finite_leaves(state))
+                checkpoints.save(step, state)
+            checkpoints.wait()  # so that the last line is true
+        report.log_times(timeline)
+        if complete:
             log.info("complete        at step %d, in %s", step, workdir)
-    return step == total_steps
+        else:
+            log.info("SIGTERM: saved at step %d of %d; the same command goes on", step, total_steps)
+    return complete
 
 
-def _take_one_step(plan: TrainingPlan, workdir: pathlib.Path) -> None:
+def _take_one_step(plan: TrainingPlan, workdir: epath.Path) -> None:
     """Takes one step of training and one of evaluation on real data, and logs their losses."""
     run = plan.run
     state, origin = plan.create_state()
@@ -136,10 +159,11 @@ def main() -> None:
     address = cli.cluster_flags()
 
     def run() -> None:
+        folder = paths.parse(workdir.value)
         with distributed.joined(address(), notices=True):
-            complete = train(config(), pathlib.Path(workdir.value), dry_run=dry_run.value)
+            complete = train(config(), folder, dry_run=dry_run.value)
         if not complete and not dry_run.value:
-            sys.exit(cli.STOPPED_EARLY)
+            sys.exit(START_AGAIN)
 
     cli.run(run)
 

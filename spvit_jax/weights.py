@@ -12,17 +12,17 @@ import dataclasses
 import logging
 import math
 import os
-import pathlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from spvit_jax import classes
+from spvit_jax import classes, paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError
 from spvit_jax.interop import files
@@ -119,6 +119,8 @@ class Weights:
     def _differences(self, model: ModelConfig) -> list[str]:
         """Lists the fields by which a model computes something else than the trained one."""
         trained, asked = self.config.to_dict(), model.to_dict()
+        if self.config.masked_per_layer() == model.masked_per_layer():
+            del trained["masked_heads"]  # the same, in whatever words
         return [
             f"{field} {trained[field]}, and {asked[field]} is asked for"
             for field in _NOT_IN_WEIGHTS
@@ -168,7 +170,7 @@ class Weights:
 
 
 def find(
-    source: pathlib.Path | Mapping[str, Any],
+    source: epath.Path | Mapping[str, Any],
     like: ModelConfig | None,
     *,
     which: str = "best",
@@ -266,7 +268,7 @@ def load_torch(
     Raises:
       InputError: as `find` and `Weights.check`; the model is left as it was.
     """
-    source = source if isinstance(source, Mapping) else pathlib.Path(source)
+    source = source if isinstance(source, Mapping) else paths.parse(source)
     found = find(source, model.config, weights=weights)
     config = found.adopt_layer_kinds(model.config)
     found.check(config, new_head=new_head)
@@ -287,7 +289,7 @@ def _rebuild(model: Model, config: ModelConfig) -> None:
 
 
 def find_fitting(
-    path: pathlib.Path, model: ModelConfig, *, which: str = "best", weights: str = "auto"
+    path: epath.Path, model: ModelConfig, *, which: str = "best", weights: str = "auto"
 ) -> tuple[Weights, ModelConfig]:
     """Finds weights for a model, whose kinds of layers become those of the weights.
 
@@ -335,7 +337,8 @@ def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:
 def _known(config: ModelConfig | None, where: object) -> ModelConfig:
     if config is None:
         raise InputError(f"{where} does not say what model it is of; name it with --arch")
-    return config
+    # How the weights were trained does not say on what devices they are used now.
+    return dataclasses.replace(config, attention="auto")
 
 
 def _name_in_model(name: str) -> str:

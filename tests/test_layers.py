@@ -14,19 +14,21 @@ from tests.helpers import REPOSITORY
 PACKAGE = REPOSITORY / "spvit_jax"
 # From the bottom up; parts of one layer know nothing of each other.
 LAYERS = (
-    {"errors"},
-    {"atomic"},
+    {"errors", "help"},
+    {"paths"},
+    {"atomic", "append_only"},
     {"classes", "kernels"},
     {"models"},
     {"distributed"},
     {"logs", "config"},
-    {"recipes", "augment", "interop"},
+    {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
     {"weights"},
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert"},
+    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {

@@ -56,3 +56,15 @@ def test_a_log_that_cannot_be_opened(tmp_path):
     (tmp_path / "train.log").mkdir()
     with pytest.raises(InputError, match="cannot write to workdir"):
         logs.start_run(tmp_path)
+
+
+def test_progress_is_a_line_at_intervals_where_there_is_no_terminal(capfd, monkeypatch):
+    seconds = iter(range(0, 1000, 4))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(seconds))
+    for primary in (True, False):
+        monkeypatch.setattr(distributed, "is_primary", lambda primary=primary: primary)
+        with logs.Progress("evaluation", 7, "batch") as progress:
+            for _ in range(7):
+                progress.advance()
+        said = capfd.readouterr().err.splitlines()
+        assert said == (["evaluation: batch 3 of 7", "evaluation: batch 6 of 7"] if primary else [])

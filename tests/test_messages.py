@@ -127,7 +127,7 @@ def test_a_config_file_that_raises_is_one_line_with_the_place(
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     config_flags.DEFINE_config_file("config", flag_values=flags.FLAGS)
     with pytest.raises(SystemExit) as ended:
-        cli._parse(["train", f"--config={path}"])
+        cli._parse(["train", f"--config={path}"], cli)
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(f"error: {path}{place}")

@@ -1,6 +1,8 @@
 """Settings that cannot work are refused before the first step, and what a run says is true."""
 
+import json
 import os
+import re
 import signal
 import time
 
@@ -15,8 +17,9 @@ from spvit_jax.evaluate import evaluate_checkpoint
 from spvit_jax.explain import explain
 from spvit_jax.preflight.__main__ import preflight
 from spvit_jax.train import train
-from spvit_jax.training import step
-from tests.helpers.commands import newest_step, saved_arrays
+from spvit_jax.training import evaluation, step
+from spvit_jax.training.timeline import Timeline
+from tests.helpers.commands import assert_same_run, newest_step, saved_arrays
 from tests.helpers.configs import digits, tiny
 
 
@@ -138,6 +141,78 @@ def test_saved_is_said_when_it_is_true(
     assert train(config, tmp_path) is not interrupted
     assert [there for text, there in found.items() if text.startswith(words)] == [True]
     assert [there for text, there in found.items() if text.startswith("start ")] == [False]
+
+
+def test_a_sigterm_during_an_evaluation_is_seen_between_its_batches(
+    data_dir, tmp_path, monkeypatch
+):
+    """All is saved at once; the same command begins with the evaluation, and ends the same."""
+    config = tiny(data_dir)
+    config.eval_every, config.data.eval_batch_size = "2 steps", 48
+    assert train(config, tmp_path / "whole")
+    evaluated, put_batch = [], evaluation.put_batch
+
+    def put_and_terminate(batch, mesh):
+        evaluated.append(len(batch["label"]))
+        if len(evaluated) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "put_batch", put_and_terminate)
+        assert train(config, tmp_path / "run") is False
+        assert evaluated == [48, 48, 48]  # of 500 images
+        assert newest_step(tmp_path / "run") == 2
+        assert "eval/count" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    saved = tmp_path / "run" / "checkpoints"
+    assert not (saved / "2" / "metrics").exists()
+    assert train(config, tmp_path / "run")
+    assert [(saved / step / "metrics").exists() for step in "1234"] == [False, True, False, True]
+    assert_same_run(tmp_path / "run", tmp_path / "whole", step=4, names=("model/", "opt_state/"))
+
+    evaluated.clear()
+    monkeypatch.setattr(evaluation, "put_batch", put_and_terminate)
+    chosen = {"which": "best", "weights": "auto", "split": None}
+    assert evaluate_checkpoint(config, tmp_path / "run", **chosen) is None
+    assert evaluated == [48, 48, 48]
+
+
+def test_times_add_up_and_a_profile_has_the_parts_of_a_step(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir)
+    config.profile.update(start=1, steps=2)
+    timelines = []
+
+    class Kept(Timeline):
+        def __init__(self, *args):
+            super().__init__(*args)
+            timelines.append(self)
+
+    monkeypatch.setattr("spvit_jax.train.Timeline", Kept)
+    start = time.monotonic()
+    assert train(config, tmp_path)
+    wall = time.monotonic() - start
+    seconds = timelines[0].seconds()
+    assert sum(seconds.values()) == pytest.approx(wall, rel=0.02)
+    assert all(seconds[phase] > 0 for phase in ("start", "compile", "step", "evaluation"))
+    records = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        shares = [value for name, value in record.items() if name.startswith("share_")]
+        assert sum(shares) == pytest.approx(1)
+        assert "mfu" not in record  # of a CPU no peak is known
+    (line,) = re.findall("  *time  .*", (tmp_path / "train.log").read_text())
+    assert sum(map(float, re.findall(r"([\d.]+)%", line))) == pytest.approx(100, abs=0.5)
+
+    (trace,) = tmp_path.glob("plugins/profile/step_1-process_0/*.xplane.pb")
+    content = trace.read_bytes()
+    for part in ("attention", "mlp", "patch_embed", "optimizer", "augment", "heads"):
+        assert b"jit(train_step)" in content
+        assert f"/{part}/".encode() in content, part
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert steps == [1, 2]
+    assert {"input", "evaluation", "checkpoint"} <= {event.name for event in events}
 
 
 def test_a_gradient_that_is_not_a_number_is_never_saved(data_dir, tmp_path, monkeypatch):

@@ -8,12 +8,14 @@ batched in `pipeline.py`.
 from __future__ import annotations
 
 import logging
-import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from spvit_jax import paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import folders
 from spvit_jax.data.sources import Renumbered, Source, Subset, TfdsSource
@@ -24,20 +26,36 @@ log = logging.getLogger("spvit_jax.data")
 MINIVAL = "minival"  # split name of the examples that data.minival holds out of training
 _MINIVAL_SEED = 0  # not the run's: runs with other seeds are compared on the same images
 
+_REGISTERED: dict[str, Callable[[str, str], Source]] = {}
+
+
+def register_dataset(name: str, open_split: Callable[[str, str], Source]) -> None:
+    """Adds a data set, which `data.dataset` then names; it comes before one of TFDS.
+
+    Args:
+      name: name of the data set.
+      open_split: returns the examples of (split, data_dir); raises an `InputError` for a split that
+        does not exist.
+    """
+    _REGISTERED[name] = open_split
+
 
 def load(name: str, split: str, data_dir: str) -> Source:
     """Opens one split of a data set; prepares the data set first where that needs no archives.
 
     Args:
-      name: "digits", the name of any TFDS data set of images with labels, or "folder:PATH" for
-        a folder with one sub-folder per split and in it one per class.
+      name: "digits", the name of any TFDS data set of images with labels or of one that
+        `register_dataset` has added, or "folder:PATH" for a folder with one sub-folder per split
+        and in it one per class.
       split: name of the split, for TFDS also a slice such as "train[:1%]".
       data_dir: folder of the TFDS data sets.
 
     Raises:
       InputError: the data set or split does not exist or cannot be read.
     """
-    if (root := _folder(name)) is not None:
+    if name in _REGISTERED:
+        return _REGISTERED[name](split, data_dir)
+    if (root := folder_of(name)) is not None:
         return folders.FolderSource(root, split)
     return TfdsSource(name, split, data_dir)
 
@@ -89,7 +107,7 @@ def numbered_as_trained(
     """
     if class_names is not None:
         return numbered(source, class_names, where)
-    root = _folder(data.dataset)
+    root = folder_of(data.dataset)
     if root is None or not (root / data.train_split).is_dir():
         return source
     return numbered(source, folders.class_names(root, data.train_split), "the training data")
@@ -220,7 +238,7 @@ def _num_examples(size: int | str, total: int, field: str) -> int:
         ) from error
 
 
-def _folder(name: str) -> pathlib.Path | None:
+def folder_of(name: str) -> epath.Path | None:
     """Returns the path of a data set "folder:PATH", or None for other data sets."""
     prefix, colon, path = name.partition(":")
-    return pathlib.Path(path) if prefix == "folder" and colon else None
+    return paths.parse(path) if prefix == "folder" and colon else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import pathlib
 
 import numpy as np
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -39,15 +39,15 @@ _PIXEL_LIMITS = {
 }
 
 
-def is_image(path: str) -> bool:
+def is_image(path: epath.Path) -> bool:
     """Returns whether a file is an image, by its suffix, or by its content if that is unknown.
 
     A known suffix is enough because opening each of a million files takes long.
     """
-    if pathlib.PurePath(path).suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in _SUFFIXES:
         return True
     try:
-        with Image.open(path, formats=FORMATS):
+        with path.open("rb") as file, Image.open(file, formats=FORMATS):
             return True
     except Image.DecompressionBombError:
         return True

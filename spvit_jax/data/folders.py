@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import os
@@ -9,7 +10,9 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
+from spvit_jax import paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import decode
 from spvit_jax.errors import InputError, some
@@ -17,6 +20,7 @@ from spvit_jax.errors import InputError, some
 log = logging.getLogger("spvit_jax.data")
 
 _MAX_NAMED = 10  # ignored paths in the log
+_LISTED_AT_ONCE = 16  # classes in a bucket
 
 
 class FolderSource:
@@ -28,7 +32,7 @@ class FolderSource:
 
     several_labels = False
 
-    def __init__(self, root: pathlib.Path, split: str):
+    def __init__(self, root: epath.Path, split: str):
         """Lists the images of a split.
 
         Args:
@@ -38,12 +42,13 @@ class FolderSource:
         Raises:
           InputError: the split is no folder, cannot be read, or holds no images.
         """
+        self._remote = paths.is_remote(root)
         self._paths: list[str] = []
         names: list[str] = []
         ignored: list[str] = []
         ends = [0]  # offset in the list of paths after each class
-        for name, paths in _classes(root, split, ignored):
-            self._paths += paths
+        for name, images in _classes(root, split, ignored):
+            self._paths += images
             if len(self._paths) > ends[-1]:
                 ends.append(len(self._paths))
                 names.append(name)
@@ -78,21 +83,24 @@ class FolderSource:
         return self._labels
 
     def fetch(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        images = [pathlib.Path(self._paths[index]).read_bytes() for index in indices.tolist()]
+        files = [self._paths[index] for index in indices.tolist()]
+        if self._remote:
+            return paths.read_ranges(files), self._labels[indices]
+        images = [pathlib.Path(file).read_bytes() for file in files]
         return images, self._labels[indices]
 
 
-def class_names(root: pathlib.Path, split: str) -> ClassNames:
+def class_names(root: epath.Path, split: str) -> ClassNames:
     """Returns the classes of a split as in `FolderSource`, without listing all images.
 
     Raises:
       InputError: the split is no folder, or cannot be read.
     """
-    return tuple(name for name, paths in _classes(root, split, []) if next(paths, None))
+    return tuple(name for name, images in _classes(root, split, []) if next(images, None))
 
 
 def _classes(
-    root: pathlib.Path, split: str, ignored: list[str]
+    root: epath.Path, split: str, ignored: list[str]
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Yields the names of the folders in a split, and the paths of their images.
 
@@ -104,11 +112,45 @@ def _classes(
     directory = root / split
     if not directory.is_dir():
         raise InputError(f"{directory} is not a folder; expected {root}/SPLIT/CLASS/IMAGE")
+    if paths.is_remote(directory):
+        yield from _classes_in_bucket(directory, ignored)
+        return
     for entry in _visible(os.fspath(directory), ignored):
         if os.path.isdir(entry.path):
             yield entry.name, _images(entry.path, ignored, frozenset())
         else:
             ignored.append(entry.path)
+
+
+def _classes_in_bucket(
+    directory: epath.Path, ignored: list[str]
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yields classes and images of a split in a bucket, as `_classes` and in the same order.
+
+    A bucket lists a thousand names at a time, so that classes are listed side by side.
+    """
+    try:
+        entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
+        with concurrent.futures.ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+            listed = list(pool.map(paths.files_below, entries))
+    except OSError as error:
+        raise InputError(f"{directory} cannot be read: {error}") from error
+    for entry, names in zip(entries, listed, strict=True):
+        if entry.name.startswith(".") or names == [entry.name]:  # hidden, or a file
+            ignored.append(str(entry))
+        else:
+            yield entry.name, _images_in_bucket(entry, names, ignored)
+
+
+def _images_in_bucket(folder: epath.Path, names: list[str], ignored: list[str]) -> Iterator[str]:
+    """Yields the paths of the images among the files below a folder, in the order of `_images`."""
+    for name in sorted(names, key=lambda name: name.split("/")):
+        path = folder / name
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or not decode.is_image(path):
+            ignored.append(str(path))
+        else:
+            yield str(path)
 
 
 def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
@@ -127,7 +169,7 @@ def _images(folder: str, ignored: list[str], above: frozenset[tuple[int, int]]) 
     for entry in _visible(folder, ignored):
         # `is_file` needs no system call except for links; a call for each of a million takes long.
         if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
-            if decode.is_image(entry.path):
+            if decode.is_image(epath.Path(entry.path)):
                 yield entry.path
             else:
                 ignored.append(entry.path)

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import functools
 import io
-import pathlib
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,12 +20,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
 from tqdm import tqdm
 
+from spvit_jax import paths
 from spvit_jax.data import records
-from spvit_jax.data.sources import builder_of, labels_file, preparation_lock, save_labels
+from spvit_jax.data.sources import (
+    LAST_FILES,
+    builder_of,
+    labels_file,
+    preparation_lock,
+    save_labels,
+)
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -71,8 +78,8 @@ class Image(NamedTuple):
 
 
 def prepare(
-    manual_dir: pathlib.Path,
-    data_dir: pathlib.Path,
+    manual_dir: epath.Path,
+    data_dir: epath.Path,
     *,
     partial: bool = False,
     num_shards: int | None = None,
@@ -91,20 +98,20 @@ def prepare(
     Raises:
       InputError: an archive is missing, cut off or not ImageNet's, or the disk is full.
     """
-    paths = {split: manual_dir / archive.file_name for split, archive in ARCHIVES.items()}
+    archives = {split: manual_dir / archive.file_name for split, archive in ARCHIVES.items()}
     builder = builder_of(NAME, str(data_dir))
     if not builder.is_prepared():
         if partial:
-            paths = {split: path for split, path in paths.items() if path.exists()}
-        if not paths:
+            archives = {split: path for split, path in archives.items() if path.exists()}
+        if not archives:
             files = " and ".join(archive.file_name for archive in ARCHIVES.values())
             raise InputError(f"{manual_dir} holds neither {files}")
-        for split, path in paths.items():
+        for split, path in archives.items():
             _check_file(path, ARCHIVES[split], partial)
         with preparation_lock(data_dir):
             builder = builder_of(NAME, str(data_dir))
             if not builder.is_prepared():  # by another process in the meantime
-                _make(builder, paths, num_shards, partial)
+                _make(builder, archives, num_shards, partial)
         builder = builder_of(NAME, str(data_dir))
     if not partial:
         check_complete(builder)
@@ -124,13 +131,13 @@ def check_complete(builder: tfds.core.DatasetBuilder) -> None:
             )
 
 
-def _check_file(path: pathlib.Path, archive: Archive, partial: bool) -> None:
+def _check_file(path: epath.Path, archive: Archive, partial: bool) -> None:
     """Raises an `InputError` if an archive is missing or has not the published size."""
     if not path.exists():
         raise InputError(f"{path} is not there; register at https://image-net.org to download it")
     if not path.is_file():
         raise InputError(f"{path} is not a file; expected the archive as it was downloaded")
-    size = path.stat().st_size
+    size = paths.size(path)
     if size != archive.num_bytes and not partial:
         raise InputError(
             f"{path} has {size} bytes; expected {archive.num_bytes}: download it again, or pass "
@@ -140,17 +147,17 @@ def _check_file(path: pathlib.Path, archive: Archive, partial: bool) -> None:
 
 def _make(
     builder: tfds.core.DatasetBuilder,
-    paths: dict[str, pathlib.Path],
+    archives: dict[str, epath.Path],
     num_shards: int | None,
     partial: bool,
 ) -> None:
     """Makes the data set from the archives, or resumes an unfinished one."""
     # Validation first: its table of contents is read in a moment, and may show an error.
-    contents = {split: _contents(path, split) for split, path in reversed(paths.items())}
-    found = {split: contents[split] for split in paths}
+    contents = {split: _contents(path, split) for split, path in reversed(archives.items())}
+    found = {split: contents[split] for split in archives}
     for split, images in found.items():
-        _check_contents(paths[split], split, images, builder, partial=partial)
-    final = pathlib.Path(builder.data_dir)
+        _check_contents(archives[split], split, images, builder, partial=partial)
+    final = epath.Path(builder.data_dir)
     # An unfinished folder is resumed only if it was made from the same files.
     key = zlib.crc32(repr((num_shards, found)).encode())
     unfinished = final.with_name(f"{final.name}.unfinished-{key:08x}")
@@ -158,19 +165,19 @@ def _make(
     for path in unfinished.glob(".*.partial"):  # left by a process that was killed
         path.unlink()
     needed = sum(image.num_bytes for images in found.values() for image in images)
-    written = sum(path.stat().st_size for path in unfinished.iterdir())
+    written = sum(paths.size(path) for path in unfinished.glob("*"))
     records.check_space(unfinished, needed - written)
     infos = [
-        _write_split(builder, paths[split], unfinished, split, images, num_shards)
+        _write_split(builder, archives[split], unfinished, split, images, num_shards)
         for split, images in found.items()
     ]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
     builder.info.write_to_directory(unfinished)
-    unfinished.rename(final)
+    paths.move_folder(unfinished, final, last=LAST_FILES)
 
 
 def _check_contents(
-    path: pathlib.Path,
+    path: epath.Path,
     split: str,
     images: list[Image],
     builder: tfds.core.DatasetBuilder,
@@ -198,7 +205,7 @@ def _check_contents(
         )
 
 
-def check_validation_archive(manual_dir: pathlib.Path) -> None:
+def check_validation_archive(manual_dir: epath.Path) -> None:
     """Checks the validation archive, if it exists, for data sets that TFDS itself makes from it.
 
     Raises:
@@ -211,7 +218,7 @@ def check_validation_archive(manual_dir: pathlib.Path) -> None:
         _contents(path, "validation")
 
 
-def _contents(path: pathlib.Path, split: str) -> list[Image]:
+def _contents(path: epath.Path, split: str) -> list[Image]:
     """Returns the images of an archive from its table of contents."""
     try:
         return list(_train_images(path) if split == "train" else _validation_images(path))
@@ -219,7 +226,7 @@ def _contents(path: pathlib.Path, split: str) -> list[Image]:
         raise InputError(f"{path} cannot be read to its end: {error}; download it again") from error
 
 
-def _train_images(path: pathlib.Path) -> Iterator[Image]:
+def _train_images(path: epath.Path) -> Iterator[Image]:
     """Yields the images of the training archive, which holds one archive for each class."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
         for member in tqdm(
@@ -241,10 +248,10 @@ def _train_images(path: pathlib.Path) -> Iterator[Image]:
                         )
 
 
-def _validation_images(path: pathlib.Path) -> Iterator[Image]:
+def _validation_images(path: epath.Path) -> Iterator[Image]:
     """Yields the images of the validation archive, with classes by their files' names."""
     labels = validation_labels()
-    with tarfile.open(path, mode="r:") as archive:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         images = [image for image in archive if image.isfile()]
     expected = list(labels)[: len(images)]
     if others := sorted({image.name for image in images} - set(expected)):
@@ -332,8 +339,8 @@ class _Window(io.RawIOBase):
 
 def _write_split(
     builder: tfds.core.DatasetBuilder,
-    archive_path: pathlib.Path,
-    directory: pathlib.Path,
+    archive_path: epath.Path,
+    directory: epath.Path,
     split: str,
     images: list[Image],
     num_shards: int | None,
@@ -353,7 +360,7 @@ def _write_split(
     )
     with archive_path.open("rb") as archive, bar:
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            path = pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=count))
+            path = epath.Path(template.sharded_filepath(shard_index=index, num_shards=count))
             if not path.exists():
                 _write_shard(builder, archive, images[start:end], path)
             bar.update(sum(image.num_bytes for image in images[start:end]))
@@ -368,7 +375,7 @@ def _write_split(
     )
 
 
-def _write_shard(builder: Any, archive: BinaryIO, images: list[Image], path: pathlib.Path) -> None:
+def _write_shard(builder: Any, archive: BinaryIO, images: list[Image], path: epath.Path) -> None:
     """Writes one shard of a split, whole or not at all."""
 
     def examples() -> Iterator[tuple[str, bytes]]:

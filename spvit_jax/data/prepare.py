@@ -14,22 +14,28 @@ its default, ArrayRecord files are added, without the archives.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
+from etils import epath
 
-from spvit_jax import cli
+from spvit_jax import cli, paths
 from spvit_jax.data import imagenet, records
-from spvit_jax.data.sources import TfdsSource, builder_of, label_feature, preparation_lock
+from spvit_jax.data.sources import (
+    TfdsSource,
+    builder_of,
+    label_feature,
+    preparation_lock,
+    prepare_with_tfds,
+)
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
 
 def prepare(
-    name: str, manual_dir: pathlib.Path | None, data_dir: pathlib.Path, *, partial: bool = False
+    name: str, manual_dir: epath.Path | None, data_dir: epath.Path, *, partial: bool = False
 ) -> tfds.core.DatasetBuilder:
     """Prepares a data set for training, unless it is prepared, and returns its builder.
 
@@ -56,7 +62,7 @@ def prepare(
 
 
 def _add_array_records(
-    builder: tfds.core.DatasetBuilder, name: str, data_dir: pathlib.Path, partial: bool
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: epath.Path, partial: bool
 ) -> tfds.core.DatasetBuilder:
     """Adds ArrayRecord files to a prepared data set that lacks them, and returns its builder."""
     check_label = None
@@ -73,8 +79,8 @@ def _add_array_records(
 def _prepare_with_tfds(
     builder: tfds.core.DatasetBuilder,
     name: str,
-    manual_dir: pathlib.Path | None,
-    data_dir: pathlib.Path,
+    manual_dir: epath.Path | None,
+    data_dir: epath.Path,
 ) -> tfds.core.DatasetBuilder:
     """Prepares a data set with TFDS itself, and returns its builder."""
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
@@ -83,24 +89,21 @@ def _prepare_with_tfds(
     if manual_dir is not None:
         imagenet.check_validation_archive(manual_dir)
     try:
-        with preparation_lock(data_dir):
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
-            )
+        prepare_with_tfds(name, data_dir, manual_dir)
     except (AssertionError, ValueError, RuntimeError, tf.errors.OpError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"data set {name!r} cannot be prepared: {error}") from error
-    return builder
+    return builder_of(name, str(data_dir))
 
 
-def describe(name: str, data_dir: pathlib.Path) -> str:
+def describe(name: str, data_dir: epath.Path) -> str:
     """Returns the contents of a prepared data set in words: counts, bytes, and its first image."""
     info = builder_of(name, str(data_dir)).info
     lines = [f"{name:15} {info.data_dir}"]
     for split, found in info.splits.items():
         source = TfdsSource(name, split, str(data_dir))
-        size = sum(path.stat().st_size for path in map(pathlib.Path, found.filepaths))
+        size = sum(paths.size(path) for path in map(epath.Path, found.filepaths))
         lines.append(
             f"{split:15} {len(source)} examples of {source.num_classes} classes, "
             f"{len(found.shard_lengths)} files, {size} bytes"
@@ -131,11 +134,12 @@ def main() -> None:
     partial = flags.DEFINE_bool("partial", False, "Accept a part of imagenet2012.")
 
     def run() -> None:
-        folder = None if manual_dir.value is None else pathlib.Path(manual_dir.value)
+        folder = None if manual_dir.value is None else paths.parse(manual_dir.value)
+        target = paths.parse_output(data_dir.value)
         if folder is not None and not folder.is_dir():
             raise InputError(f"--manual_dir={folder} is not a folder")
-        prepare(name.value, folder, pathlib.Path(data_dir.value), partial=partial.value)
-        print(describe(name.value, pathlib.Path(data_dir.value)))
+        prepare(name.value, folder, target, partial=partial.value)
+        print(describe(name.value, target))
         sys.stdout.flush()
 
     cli.run(run)

@@ -6,17 +6,19 @@ ImageNet's records are made in `imagenet.py`; records are read in `sources.py`.
 from __future__ import annotations
 
 import concurrent.futures
-import pathlib
-import shutil
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import dataset_info
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
 
+from spvit_jax import atomic, paths
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
@@ -36,7 +38,7 @@ class RecordFile(Protocol):
     examples_in_shard: int
 
 
-def write(path: pathlib.Path, records: Iterable[tuple[str, bytes]]) -> None:
+def write(path: epath.Path, records: Iterable[tuple[str, bytes]]) -> None:
     """Writes an ArrayRecord file, whole or not at all.
 
     Args:
@@ -46,22 +48,38 @@ def write(path: pathlib.Path, records: Iterable[tuple[str, bytes]]) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(temporary, records)
-        temporary.replace(path)
+        with _temporary(path) as temporary:
+            ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(temporary, records)
     except (OSError, RuntimeError) as error:  # RuntimeError is ArrayRecord's
         raise InputError(
             f"cannot write {path}: {error}; what is finished is kept, and the same command goes on"
         ) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: epath.Path) -> Iterator[os.PathLike[str]]:
+    """Yields a temporary path for a file, and gives it its name.
+
+    On this machine it is always the same one: a file may be large, and what a killed process left
+    is overwritten.
+    """
+    if paths.is_remote(path):
+        with atomic.replacing(path) as temporary:
+            yield temporary
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def check_space(directory: pathlib.Path, needed: int) -> None:
+def check_space(directory: epath.Path, needed: int) -> None:
     """Raises an `InputError` if a directory's disk has less than `needed` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
+    free = paths.free_space(directory)
+    if free is not None and needed > free:
         raise InputError(
             f"{directory} needs {needed / _GIB:.1f} GiB and its disk has {free / _GIB:.1f} left; "
             "make room, or choose another --data_dir"
@@ -86,7 +104,7 @@ def check_files(files: Sequence[RecordFile], file_format: FileFormat) -> None:
 
 def _problem_of(file: RecordFile, file_format: FileFormat) -> str | None:
     """Returns the problem of a file of records in words, or None if it is complete."""
-    if not pathlib.Path(file.filename).is_file():
+    if not epath.Path(file.filename).is_file():
         return "is not there"
     try:
         found = ADAPTER_FOR_FORMAT[file_format].num_examples(file.filename)
@@ -120,32 +138,30 @@ def convert(
     Raises:
       InputError: a file cannot be read to its end or written, or the disk is full.
     """
-    directory = pathlib.Path(builder.data_dir)
+    directory = epath.Path(builder.data_dir)
     file_format = _prepared_as(builder)
     if file_format != FileFormat.TFRECORD:
         raise InputError(f"{directory} holds {file_format.value} files; expected tfrecord")
     missing = _unconverted(builder)
     for _, source, _ in missing:
-        if not pathlib.Path(source.filename).is_file():
+        if not epath.Path(source.filename).is_file():
             raise InputError(f"{source.filename} is not there; copy it again")
-    sizes = [pathlib.Path(source.filename).stat().st_size for _, source, _ in missing]
+    sizes = [paths.size(epath.Path(source.filename)) for _, source, _ in missing]
     check_space(directory, sum(sizes))
     bar = tqdm(
         total=sum(sizes), desc=builder.name, unit="B", unit_scale=True, disable=hide_progress()
     )
     with bar:
         for (split, source, target), size in zip(missing, sizes, strict=True):
-            write(pathlib.Path(target.filename), _checked(_tf_records(source), split, check_record))
+            write(epath.Path(target.filename), _checked(_tf_records(source), split, check_record))
             bar.update(size)
     info = dataset_info.read_proto_from_builder_dir(directory)
     if FileFormat.ARRAY_RECORD.value not in info.alternative_file_formats:
         info.file_format = file_format.value  # TFDS did not always write it
         info.alternative_file_formats.append(FileFormat.ARRAY_RECORD.value)
         # Replaced atomically, since a data set without this file is lost.
-        path = pathlib.Path(dataset_info.dataset_info_path(directory))
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(dataset_info.get_dataset_info_json(info))
-        temporary.replace(path)
+        path = epath.Path(dataset_info.dataset_info_path(directory))
+        atomic.write_text(path, dataset_info.get_dataset_info_json(info))
 
 
 def _prepared_as(builder: tfds.core.DatasetBuilder) -> FileFormat:
@@ -178,9 +194,10 @@ def _tf_records(file: RecordFile) -> Iterator[bytes]:
     """Yields all records of a TFRecord file."""
     found = 0
     try:
-        for record in tf.data.TFRecordDataset(file.filename).as_numpy_iterator():
-            found += 1
-            yield record
+        with paths.local_copy(epath.Path(file.filename)) as path:
+            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                found += 1
+                yield record
     except tf.errors.OpError as error:
         raise InputError(
             f"{file.filename} cannot be read to its end: {error.message}; copy it again"

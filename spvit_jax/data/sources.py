@@ -10,19 +10,24 @@ import contextlib
 import fcntl
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tqdm import tqdm
 
-from spvit_jax import atomic
+from spvit_jax import atomic, paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.data.digits import Digits
 from spvit_jax.data.records import check_files
 from spvit_jax.errors import InputError, nearest
+
+# Files by which TFDS knows a prepared data set; written after all others where nothing is renamed.
+LAST_FILES = ("features.json", "dataset_info.json")
 
 _CHUNK = 1024  # records per read when all labels are read
 
@@ -124,7 +129,8 @@ class TfdsSource:
         """Returns the labels of a whole split, from its file of labels or from the records."""
         path = labels_file(self._builder, split)
         if path.exists():
-            return np.load(path)
+            with path.open("rb") as file:
+                return np.load(file)
         whole = TfdsSource(self._name, split, self._data_dir)
         chunks = [
             whole.fetch(np.arange(start, min(start + _CHUNK, len(whole))))[1]
@@ -166,9 +172,8 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                     f"python -m spvit_jax.data.prepare --dataset={name} --manual_dir=DIR "
                     f"--data_dir={data_dir}"
                 )
-            with preparation_lock(pathlib.Path(data_dir)):
-                builder = builder_of(name, data_dir)
-                builder.download_and_prepare()
+            prepare_with_tfds(name, epath.Path(data_dir))
+            builder = builder_of(name, data_dir)
     except (OSError, AssertionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -191,7 +196,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         if not builder.is_prepared():
             return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        hint = nearest(name, tfds.list_builders())
+        hint = nearest(name, tfds.list_builders(with_community_datasets=False))
         raise InputError(f"unknown data set {name!r}{hint}") from error
     array_record = FileFormat.ARRAY_RECORD.value
     if array_record in builder.info.as_proto.alternative_file_formats:
@@ -221,16 +226,49 @@ def label_feature(name: str, builder: tfds.core.DatasetBuilder) -> str:
     return label
 
 
+def prepare_with_tfds(
+    name: str, data_dir: epath.Path, manual_dir: epath.Path | None = None
+) -> None:
+    """Prepares a data set with TFDS itself, unless another process has done so in the meantime.
+
+    ArrayRecord is written on this machine only: files for a bucket are made in a temporary folder.
+
+    Args:
+      name: name of the data set.
+      data_dir: folder of the TFDS data sets.
+      manual_dir: folder of the archives that have to be downloaded by hand, if any.
+
+    Raises:
+      InputError: the directory cannot be written.
+      Exception: whatever TFDS raises.
+    """
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    with preparation_lock(data_dir):
+        if not paths.is_remote(data_dir):
+            builder_of(name, str(data_dir)).download_and_prepare(download_config=config)
+            return
+        with tempfile.TemporaryDirectory(prefix="spvit_jax-") as folder:
+            builder = builder_of(name, folder)
+            builder.download_and_prepare(download_config=config)
+            made = pathlib.Path(builder.data_dir)
+            paths.put_folder(made, data_dir / str(made.relative_to(folder)), last=LAST_FILES)
+
+
 @contextlib.contextmanager
-def preparation_lock(directory: pathlib.Path) -> Iterator[None]:
+def preparation_lock(directory: epath.Path) -> Iterator[None]:
     """Holds a lock in a directory, so that only one process at a time prepares data there.
+
+    A bucket has no locks: processes that prepare the same data there write the same objects.
 
     Raises:
       InputError: the directory cannot be written.
     """
+    if paths.is_remote(directory):
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("w")
+        file = open(directory / ".lock", "w")  # noqa: SIM115 closed below
     except OSError as error:
         raise InputError(
             f"data cannot be prepared in {directory}: {error.strerror}; expected a folder that can "
@@ -241,12 +279,12 @@ def preparation_lock(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def labels_file(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
+def labels_file(builder: tfds.core.DatasetBuilder, split: str) -> epath.Path:
     """Returns the path of the file with a split's labels, beside its records."""
-    return pathlib.Path(builder.data_dir) / f"labels-{split}.npy"
+    return epath.Path(builder.data_dir) / f"labels-{split}.npy"
 
 
-def save_labels(path: pathlib.Path, labels: np.ndarray) -> None:
+def save_labels(path: epath.Path, labels: np.ndarray) -> None:
     """Writes a file of labels, whole or not at all."""
     with atomic.replacing(path) as temporary:
         np.save(temporary, labels)

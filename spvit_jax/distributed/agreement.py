@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from spvit_jax.distributed import versions
 from spvit_jax.distributed.coordination import broadcast, gather, is_formed, is_primary
@@ -41,7 +42,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     _raise_together(different, "start the same command with the same code on all of them")
 
 
-def check_shared(folder: pathlib.Path) -> None:
+def check_shared(folder: epath.Path) -> None:
     """Checks that a folder is the same on all processes, as writing checkpoints needs.
 
     Args:

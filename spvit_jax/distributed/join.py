@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,13 +14,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from spvit_jax.distributed import failure
-from spvit_jax.distributed.coordination import gather, is_formed, rank_and_size, say
+from spvit_jax.distributed.coordination import detect, gather, is_formed, rank_and_size, say
+from spvit_jax.distributed.rendezvous import Lost, Rendezvous
 from spvit_jax.distributed.versions import code_version
-from spvit_jax.errors import InputError
+from spvit_jax.errors import FAILED, InputError
 
 # A process without heartbeats for so long is lost. JAX's 100 s would keep a pod idle for longer;
 # heartbeats have a thread of their own, which compiling does not block.
 _HEARTBEAT_TIMEOUT = 30  # seconds
+_FORM_TIMEOUT = 60  # seconds in which JAX forms the cluster once all processes are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def joined(address: Address | None, *, notices: bool = False) -> Iterator[None]:
 
     An exception inside ends all processes: this one with a line that says why and exit code 2 for
     an `InputError`, 1 for any other; the others with the same code, naming this one. If one is
-    lost without an error, the rest end with exit code 1 within half a minute.
+    lost without an error, the rest end with exit code 75 within half a minute.
 
     Args:
       address: address of the cluster; None for a single process.
@@ -125,69 +126,52 @@ def connect(mesh: jax.sharding.Mesh) -> None:
 
 def _form(address: Address) -> None:
     """Starts or finds JAX's coordination service, and waits for all processes."""
-    where = address.coordinator or "of this pod"
-    if address.process_id == 0:
-        _check_port(where)
+    settings: dict[str, Any] = {"cluster_detection_method": "deactivate"}
+    if address.coordinator is None:
+        address, settings = _detected(address), {}
+    coordinator, size, rank = address.coordinator, address.num_processes, address.process_id
+    assert coordinator is not None
+    assert size is not None
+    assert rank is not None
+    rendezvous = Rendezvous(coordinator, size, rank, address.timeout)
 
-    def on_timeout() -> None:
+    def on_loss(message: str) -> None:
         # JAX itself would abort the process, with pages of C++ logs. The exit code is not that of
         # wrong input: a machine may have been preempted before all had joined.
-        failure.end(1, f"error: {_absent(address)}")
+        failure.end(FAILED, f"error: {message}")
 
-    timer = threading.Timer(address.timeout, on_timeout)
+    try:
+        rendezvous.meet()
+    except Lost as error:
+        on_loss(str(error))
+    late = f"JAX's coordinator {coordinator} has not formed the cluster in {_FORM_TIMEOUT} seconds"
+    timer = threading.Timer(_FORM_TIMEOUT, on_loss, [late])
     timer.daemon = True
     timer.start()
-    settings: dict[str, Any] = {}
-    if address.coordinator is not None:
-        settings = {
-            "coordinator_address": address.coordinator,
-            "num_processes": address.num_processes,
-            "process_id": address.process_id,
-            "cluster_detection_method": "deactivate",
-        }
-    try:
-        jax.distributed.initialize(
-            **settings,
-            initialization_timeout=round(address.timeout) + 60,  # `on_timeout` comes first
-            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
-        )
-    except Exception as error:  # JAX raises any kind where a pod's metadata is missing
-        raise InputError(
-            f"the cluster {where} cannot be formed: {error}. Off a pod, give --coordinator, "
-            "--num_processes and --process_id"
-        ) from error
-    finally:
-        timer.cancel()
+    with rendezvous.watched(on_loss):
+        try:
+            jax.distributed.initialize(
+                coordinator_address=coordinator,
+                num_processes=size,
+                process_id=rank,
+                initialization_timeout=2 * _FORM_TIMEOUT,  # the timer comes first
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+                **settings,
+            )
+        finally:
+            timer.cancel()
     failure.name_what_aborts()
 
 
-def _absent(address: Address) -> str:
-    """Returns an error that says which processes have not joined within the timeout."""
-    waited = f"for {address.timeout:g} seconds (--cluster_timeout)"
-    if address.coordinator is None:
-        return f"the processes of this pod have not all come {waited}; start them on all workers"
-    host, _, port = address.coordinator.rpartition(":")
-    if address.process_id != 0:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            return (
-                f"coordinator {address.coordinator} has not answered {waited}: {error}. "
-                "Start process 0 there, and let this machine reach that port"
-            )
-    return (
-        f"process {address.process_id} has waited {waited} for the {address.num_processes} "
-        f"processes to come to coordinator {address.coordinator}; start them all"
-    )
-
-
-def _check_port(coordinator: str) -> None:
-    """Raises an `InputError` if the coordinator's port is taken; JAX would end with a segfault."""
-    port = int(coordinator.rpartition(":")[2])
+def _detected(address: Address) -> Address:
+    """Returns the address that JAX finds on a pod."""
     try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
+        coordinator, size, rank = detect(round(address.timeout))
+    except Exception as error:  # JAX raises any kind where a pod's metadata is missing
         raise InputError(
-            f"the port of --coordinator={coordinator} is taken on this machine: {error.strerror}. "
-            "Choose another, or end the run that has it"
+            f"the cluster of this pod cannot be formed: {error}. Off a pod, give --coordinator, "
+            "--num_processes and --process_id"
         ) from error
+    return dataclasses.replace(
+        address, coordinator=coordinator, num_processes=size, process_id=rank
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
 import stat
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 
-from spvit_jax import atomic
+from spvit_jax import atomic, paths
 from spvit_jax.errors import InputError, first_line, shown
 from spvit_jax.interop import pickles
 from spvit_jax.interop.containers import unwrap
@@ -28,7 +30,7 @@ log = logging.getLogger("spvit_jax")
 _NOTE = "spvit_jax"  # key of the model's description in files written here
 SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 # Files of weights in a folder of a model hub; the first that exists is read.
-_IN_FOLDER = (
+IN_FOLDER = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"),
 )
@@ -50,14 +52,14 @@ class Contents(NamedTuple):
     has_average: bool
 
 
-def is_file_of_weights(path: pathlib.Path) -> bool:
+def is_file_of_weights(path: epath.Path) -> bool:
     """Returns whether a path is a file or folder of weights that `read` reads, no checkpoint."""
     if path.is_dir():
         return _in_folder(path) is not None
     return path.exists() or path.suffix in SUFFIXES
 
 
-def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
+def read(path: epath.Path, *, weights: str = "auto") -> Contents:
     """Reads a file of weights without executing anything in it, and logs what was left out.
 
     Args:
@@ -82,7 +84,7 @@ def read(path: pathlib.Path, *, weights: str = "auto") -> Contents:
     )
 
 
-def read_array(path: pathlib.Path) -> np.ndarray:
+def read_array(path: epath.Path) -> np.ndarray:
     """Reads a `.pt` file that holds a single tensor.
 
     Raises:
@@ -94,7 +96,7 @@ def read_array(path: pathlib.Path) -> np.ndarray:
     return content.numpy()
 
 
-def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
+def write(path: epath.Path, state_dict: StateDict, note: dict[str, Any]) -> None:
     """Writes a state dict to a file; a `.pth` file holds it under `state_dict`.
 
     Args:
@@ -120,7 +122,7 @@ def write(path: pathlib.Path, state_dict: StateDict, note: dict[str, Any]) -> No
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 
-def check_name(path: pathlib.Path) -> None:
+def check_name(path: epath.Path) -> None:
     """Raises an `InputError` if a path exists or has no suffix of a file of weights."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot write {path}: expected a name that ends in .safetensors or .pth")
@@ -128,11 +130,11 @@ def check_name(path: pathlib.Path) -> None:
         raise InputError(f"{path} exists; choose another --output or remove it")
 
 
-def _in_folder(path: pathlib.Path) -> pathlib.Path | None:
-    return next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+def _in_folder(path: epath.Path) -> epath.Path | None:
+    return next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
 
 
-def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[Any, Any], Any]:
+def _content(path: epath.Path, *, may_be_index: bool = True) -> tuple[Mapping[Any, Any], Any]:
     """Returns the unprocessed contents of a file of weights, and the note in it."""
     start = _start_of(path)
     is_torch = start.startswith((b"PK", b"\x80"))  # a zip archive or, formerly, a bare pickle
@@ -146,7 +148,7 @@ def _content(path: pathlib.Path, *, may_be_index: bool = True) -> tuple[Mapping[
     return content, content.get(_NOTE)
 
 
-def _start_of(path: pathlib.Path) -> bytes:
+def _start_of(path: epath.Path) -> bytes:
     """Returns the first bytes of a file.
 
     Raises:
@@ -154,12 +156,12 @@ def _start_of(path: pathlib.Path) -> bytes:
     """
     try:
         # Opening a pipe would block until somebody writes into it.
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not paths.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path} is a pipe, a device or a folder; expected a file of weights")
         with path.open("rb") as file:
             start = file.read(256)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
     if not _starts_safetensors(start):
         if start.lstrip().startswith(b"<"):
             raise InputError(f"{path} is a web page, not weights; download the file itself")
@@ -173,9 +175,9 @@ def _starts_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, Any]:
+def _read_safetensors(path: epath.Path) -> tuple[StateDict, Any]:
     try:
-        with safetensors.safe_open(path, framework="np") as file:
+        with paths.local_copy(path) as local, safetensors.safe_open(local, framework="np") as file:
             note = (file.metadata() or {}).get(_NOTE)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, note and json.loads(note)
@@ -190,7 +192,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[StateDict, Any]:
         ) from error
 
 
-def _read_shards(path: pathlib.Path) -> dict[str, Any]:
+def _read_shards(path: epath.Path) -> dict[str, Any]:
     """Reads the shards that an index lists, such as `model.safetensors.index.json`."""
     try:
         index = json.loads(path.read_bytes())["weight_map"]

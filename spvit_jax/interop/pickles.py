@@ -6,13 +6,15 @@ is imported only when such a file is read or written.
 
 from __future__ import annotations
 
-import pathlib
 import re
 import warnings
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any
 
+from etils import epath
+
+from spvit_jax import paths
 from spvit_jax.errors import InputError, shown
 from spvit_jax.interop.containers import CONTAINERS
 
@@ -50,7 +52,7 @@ _SETTINGS: tuple[tuple[type, str], ...] = (
 )
 
 
-def read(path: pathlib.Path) -> Any:
+def read(path: epath.Path) -> Any:
     """Reads a file that `torch.save` wrote; objects of a run's settings come back empty.
 
     Raises:
@@ -60,7 +62,8 @@ def read(path: pathlib.Path) -> Any:
     torch = import_torch()
     try:
         with (
-            path.open("rb") as file,  # given a path, torch would go by its suffix
+            paths.local_copy(path) as local,
+            local.open("rb") as file,  # given a path, torch would go by its suffix
             warnings.catch_warnings(),
             torch.serialization.safe_globals(list(_SETTINGS)),
         ):
@@ -90,7 +93,7 @@ def import_torch() -> ModuleType:
     return torch
 
 
-def _saving(path: pathlib.Path) -> str:
+def _saving(path: epath.Path) -> str:
     """Returns a line of Python that saves the tensors of a refused file, for an error message."""
     return (
         f"import torch; content = torch.load({str(path)!r}, weights_only=False); "

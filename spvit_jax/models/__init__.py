@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from spvit_jax.errors import InputError, nearest
+from spvit_jax.models import aliases
 from spvit_jax.models.base import Model, ModelConfig, Outputs
 from spvit_jax.models.cait import CaiT, CaiTConfig
 from spvit_jax.models.fields import read_field, read_image_size
@@ -40,9 +41,10 @@ __all__ = [
     "list_models",
     "model_config",
     "read_image_size",
+    "register_model",
 ]
 
-FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig, CaiTConfig, SwinConfig)
+FAMILIES: list[type[ModelConfig]] = [ViTConfig, CaiTConfig, SwinConfig]
 
 
 def _deit(dim: int, num_heads: int, *, distilled: bool = False) -> ViTConfig:
@@ -165,6 +167,38 @@ _EVALUATION_PROTOCOLS = (
 )
 
 
+_OWN_PROTOCOLS: dict[str, EvaluationProtocol] = {}  # of models that `register_model` adds
+
+
+def register_model(
+    name: str, config: ModelConfig, protocol: EvaluationProtocol = EvaluationProtocol(0.875)
+) -> None:
+    """Adds a model to the registry, by whose name commands and `create_model` find it.
+
+    Args:
+      name: name of the model, which must be new.
+      config: configuration of the model at 224 pixels and 1000 classes; of a family of this package
+        or of another subclass of `ModelConfig`, whose fields then are fields of `config.model` too.
+      protocol: evaluation protocol at every image size.
+
+    Raises:
+      InputError: the name is taken by another model, or the family's by another class.
+    """
+    if name in _MODELS:
+        if config != _MODELS[name]:
+            raise InputError(f"there is a model {name!r} already; give yours another name")
+        return
+    family = type(config)
+    if family not in FAMILIES:
+        if family.__name__ in {known.__name__ for known in FAMILIES}:
+            raise InputError(
+                f"there is a family {family.__name__!r} already; give your class another name"
+            )
+        FAMILIES.append(family)
+    _MODELS[name] = config
+    _OWN_PROTOCOLS[name] = protocol
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of the models that match a shell pattern such as "spvit*"."""
     return sorted(fnmatch.filter(_MODELS, pattern))
@@ -179,7 +213,9 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
     Raises:
       InputError: the name is unknown.
     """
-    _check_name(name)
+    name = _known_name(name)
+    if name in _OWN_PROTOCOLS:
+        return _OWN_PROTOCOLS[name]
     small, large = next(
         protocols for pattern, *protocols in _EVALUATION_PROTOCOLS if fnmatch.fnmatch(name, pattern)
     )
@@ -189,23 +225,26 @@ def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationPr
 def model_config(
     name: str,
     *,
-    image_size: int | tuple[int, int] | str = 224,
+    image_size: int | tuple[int, int] | str | None = None,
     num_classes: int = 1000,
     **overrides: Any,
 ) -> ModelConfig:
     """Returns the configuration of a named model with some of its fields replaced.
 
     Args:
-      name: one of `list_models()`.
-      image_size: pixels: one number, (height, width), or a text such as "160x256".
+      name: one of `list_models()`, or timm's name of it, such as "deit_base_patch16_384".
+      image_size: pixels: one number, (height, width), or a text such as "160x256"; None is 224, or
+        what timm's name says.
       num_classes: number of classes C.
       **overrides: fields of `ViTConfig`, `CaiTConfig` or `SwinConfig`.
 
     Raises:
       InputError: the name or a field is unknown, or the fields contradict each other.
     """
-    _check_name(name)
-    base = _MODELS[name]
+    alias = aliases.resolve(name)
+    base = _MODELS[_known_name(name)]
+    if image_size is None:
+        image_size = alias.image_size if alias else 224
     fields = [field.name for field in dataclasses.fields(base)]
     for field in overrides:
         if field not in fields:
@@ -253,7 +292,7 @@ def from_dict(fields: Mapping[str, Any], where: object = "a file") -> ModelConfi
 def create_model(
     name: str,
     *,
-    image_size: int | tuple[int, int] | str = 224,
+    image_size: int | tuple[int, int] | str | None = None,
     num_classes: int = 1000,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
@@ -261,8 +300,9 @@ def create_model(
     """Creates a model by name, in evaluation mode.
 
     Args:
-      name: one of `list_models()`.
-      image_size: pixels: one number, (height, width), or a text such as "160x256".
+      name: one of `list_models()`, or timm's name of it, such as "deit_base_patch16_384".
+      image_size: pixels: one number, (height, width), or a text such as "160x256"; None is 224, or
+        what timm's name says.
       num_classes: number of classes C.
       rngs: random keys of the initial weights; `nnx.Rngs(0)` if not given.
       **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
@@ -277,6 +317,11 @@ def create_model(
     return config.build(rngs if rngs is not None else nnx.Rngs(0))
 
 
-def _check_name(name: str) -> None:
+def _known_name(name: str) -> str:
+    """Returns the name of a model here, for itself or for timm's name of it."""
+    alias = aliases.resolve(name)
+    if alias is not None:
+        return alias.name
     if name not in _MODELS:
-        raise InputError(f"unknown model {name!r}{nearest(name, _MODELS)}")
+        raise InputError(f"unknown model {name!r}{nearest(name, [*_MODELS, *aliases.ALIASES])}")
+    return name

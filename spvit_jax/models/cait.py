@@ -17,7 +17,8 @@ from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
+from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp
+from spvit_jax.models.stem import PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,7 @@ def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         qkv_bias=config.qkv_bias,
         mask=config.mask(layer),
         talking_heads=True,
+        implementation=config.attention,
         dtype=dtype,
         rngs=rngs,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_macs(config: ModelConfig) -> int:
     """Returns the multiply-adds of a model's convolutions and matrix products for one image."""
+    if config.attention == "fused":  # which can be counted on any platform
+        config = dataclasses.replace(config, attention="fused_interpret")
     graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
@@ -50,7 +53,21 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
         elif eqn.params.get("name") == "depthwise_conv":
             # Shifted products, which count as the convolution that they are.
             total += outputs * math.prod(shapes[1][:2])
+        elif eqn.params.get("name") == "neighbour_products":
+            total += outputs * shapes[0][1]  # channels of each product
+        elif eqn.params.get("name") == "neighbour_sum":
+            total += outputs * shapes[0][0]  # neighbours
         else:
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += times * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
+            total += _times(eqn) * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
     return total
+
+
+def _times(eqn: Any) -> int:
+    """Returns how often an instruction runs the programs in it."""
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"]
+        case "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid)
+        case _:
+            return 1

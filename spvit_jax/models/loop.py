@@ -14,13 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.models.block import Block
 
 MAX_PERIOD = 2  # Swin's blocks alternate between windows that are shifted and not shifted
 
-# Residuals that a loop saves of each block for the backward pass: the linear layers' results. By
-# default a scan writes all of them to memory; a compiler that sees all blocks at once does not.
-LINEAR_LAYERS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# Residuals that a loop saves of each block for the backward pass: the linear layers' results, and
+# those of attention's kernels. By default a scan writes all of them to memory; a compiler that sees
+# all blocks at once does not.
+SAVED = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(CONTEXT),
+)
 
 
 class Segment(NamedTuple):
@@ -85,7 +90,7 @@ def apply_blocks(
       blocks: blocks of the segment, in order.
       call: (block, x, value of each of `values`) → x of the same shape and dtype.
       x: input of the first block.
-      *values: further arguments of `call`, each with one number per block.
+      *values: further arguments of `call`, each with one value per block.
       period: number of layers until the kinds of blocks repeat.
       remat: whether each block is recomputed in the backward pass.
 
@@ -103,7 +108,7 @@ def apply_blocks(
         return call(nnx.merge(graphdef, state), x, *values)
 
     if remat or is_loop:
-        policy = None if remat else LINEAR_LAYERS
+        policy = None if remat else SAVED
         apply_block = jax.checkpoint(
             apply_block, static_argnums=0, prevent_cse=not is_loop, policy=policy
         )

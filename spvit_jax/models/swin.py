@@ -18,12 +18,14 @@ import numpy as np
 from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.models.attention import Attention, attention, attention_weights
+from spvit_jax.models.attention import Attention, attention, attention_weights, split_heads
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
+from spvit_jax.models.implementation import Implementation, check
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import LayerNorm, PatchEmbed
+from spvit_jax.models.layers import LayerNorm
 from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
+from spvit_jax.models.stem import PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +98,12 @@ class WindowAttention(Attention):
         shifted: bool,
         qkv_bias: bool,
         mask: LocalityMask | None,
+        implementation: Implementation = "auto",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        # Windows are small, and each has a bias of its own: XLA's products are the faster.
+        check(implementation, dim // num_heads, dtype, other_scores="the bias of Swin's windows")
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, mask=mask, dtype=dtype, rngs=rngs)
         h, w = grid
         self.window = (min(h, window), min(w, window))
@@ -127,7 +132,7 @@ class WindowAttention(Attention):
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
         with jax.named_scope("windows"):
             windows = self._partition(x, grid)
-        q, k, v = self._qkv(windows)
+        q, k, v = split_heads(self._project(windows), self.num_heads)
         out = attention(q, k, v, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
         with jax.named_scope("proj"):
             out = self.proj(out.reshape(windows.shape))
@@ -139,7 +144,7 @@ class WindowAttention(Attention):
 
         Rows whose query is padding, and no patch, are 0.
         """
-        q, k, _ = self._qkv(self._partition(x, grid))
+        q, k, _ = split_heads(self._project(self._partition(x, grid)), self.num_heads)
         weights = attention_weights(q, k, self.gain(grid), self._bias_of_batch(x.shape[0], grid))
         is_patch = self._partition(jnp.ones((*x.shape[:2], 1), weights.dtype), grid)
         return weights * is_patch[:, None]
@@ -251,6 +256,7 @@ def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.
         shifted=shifted,
         qkv_bias=config.qkv_bias,
         mask=config.mask(layer),
+        implementation=config.attention,
         dtype=dtype,
         rngs=rngs,
     )

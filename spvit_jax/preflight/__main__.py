@@ -18,14 +18,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import pathlib
 import signal
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, plan
+from spvit_jax import atomic, cli, paths, plan
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks, libtpu, report, search
 from spvit_jax.preflight.compile import CompilerError
@@ -42,7 +42,7 @@ def preflight(
     topology_name: str,
     num_slices: int = 1,
     *,
-    workdir: pathlib.Path | None = None,
+    workdir: epath.Path | None = None,
     ways: int = 3,
     show_shardings: bool = False,
     bundles: bool = False,
@@ -144,6 +144,7 @@ def _prepare(
 ) -> tuple[Topology, Replan, list[Check]]:
     """Returns the topology, a function that plans the run with changes, and the data's checks."""
     plan.check_names(config)
+    plan.check_paths(config)
     libtpu.prepare()
     topology = get_topology(topology_name, num_slices)
     data, checks = launch_checks.check_data(config)
@@ -196,6 +197,7 @@ def main() -> None:
     fsdps = flags.DEFINE_list("sweep_fsdp", [], "Sizes of the fsdp axis; else 1 and all chips.")
 
     def command() -> None:
+        target = paths.parse_output(json_path.value) if json_path.value else None
         if sweeping.value:
             result = sweep(
                 config(),
@@ -211,13 +213,13 @@ def main() -> None:
                 config(),
                 topology.value,
                 num_slices.value,
-                workdir=pathlib.Path(workdir.value) if workdir.value else None,
+                workdir=paths.parse(workdir.value) if workdir.value else None,
                 ways=ways.value,
                 show_shardings=shardings.value,
                 bundles=bundles.value,
             )
-        if json_path.value:
-            _write(pathlib.Path(json_path.value), result)
+        if target is not None:
+            _write(target, result)
         if not ready:
             cli.fail("not ready to launch; see above", code=1)
 
@@ -232,10 +234,9 @@ def main() -> None:
     cli.run(stoppable)
 
 
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+def _write(path: epath.Path, result: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        atomic.write_text(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
 

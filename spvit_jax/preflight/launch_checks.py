@@ -6,18 +6,16 @@ Each takes seconds, uses the code of training, and changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from spvit_jax import config as config_lib
-from spvit_jax import weights
+from spvit_jax import paths, weights
 from spvit_jax.classes import ClassNames
 from spvit_jax.data import datasets, sources
 from spvit_jax.data.token_labels.store import open_label_maps
@@ -112,7 +110,7 @@ def check_data(config: ConfigDict) -> tuple[DataSize, list[Check]]:
     return DataSize(num_train, num_eval, whole.num_classes, label_map, whole.class_names), checks
 
 
-def check_launch(run: TrainingRun, workdir: pathlib.Path | None) -> list[Check]:
+def check_launch(run: TrainingRun, workdir: epath.Path | None) -> list[Check]:
     """Checks the workdir, unless it is None, and the weights that a run starts from."""
     checks = []
     if workdir is not None:
@@ -137,27 +135,25 @@ def _label_maps(config: ConfigDict, whole: Any) -> tuple[Any, str]:
 
 
 def _init_from(run: TrainingRun) -> tuple[None, str]:
-    found = weights.find(pathlib.Path(run.config.init_from), run.model)
+    found = weights.find(paths.parse(run.config.init_from), run.model)
     found.check(run.model, new_head=run.config.init_new_head, class_names=run.data.class_names)
     return None, f"{found.where} fits {run.config.model.name}"
 
 
-def _workdir(run: TrainingRun, workdir: pathlib.Path) -> tuple[None, str]:
+def _workdir(run: TrainingRun, workdir: epath.Path) -> tuple[None, str]:
     """Checks that a workdir can be written to, is not another run's, and has enough disk space."""
-    in_use = checkpoint.newest(workdir) is not None
-    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
-    parent = next(
-        path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists()
-    )
     try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        paths.check_writable(workdir)
     except OSError as error:
         raise InputError(f"{workdir} cannot be written to: {error}") from error
+    in_use = checkpoint.newest(workdir) is not None
+    config_lib.claim_workdir(workdir, run.config, in_use=in_use, write=False)
     kept = run.config.checkpoint.keep_last + run.config.checkpoint.keep_best + 1
     needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract))
-    free = shutil.disk_usage(parent).free
-    words = f"{kept} checkpoints take {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free"
-    if needed > free:
+    words = f"{kept} checkpoints take {needed / _GIB:.1f} GiB"
+    free = paths.free_space(workdir)
+    if free is not None:
+        words += f", {free / _GIB:.1f} GiB are free"
+    if free is not None and needed > free:
         raise InputError(f"{workdir} has no room: {words}")
     return None, f"{workdir} can be written to; {words}"

@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from spvit_jax import distributed
+from spvit_jax import distributed, paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError, WriteError, check_shapes, first_line
 from spvit_jax.models import ModelConfig
@@ -43,7 +42,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         model: ModelConfig,
         class_names: ClassNames | None,
         *,
@@ -59,7 +58,7 @@ class Checkpoints:
           keep_last: number of the newest checkpoints to keep.
           keep_best: number of the best checkpoints to keep.
         """
-        self._workdir = workdir.resolve()
+        self._workdir = paths.absolute(workdir)
         self._metadata: dict[str, Any] = {_MODEL: model.to_dict()}
         if class_names is not None:
             self._metadata[_CLASSES] = list(class_names)
@@ -101,10 +100,19 @@ class Checkpoints:
         Raises:
           WriteError: this checkpoint, or the one before it, cannot be written.
         """
-        if step not in self._manager.all_steps():
+        exists = step in self._manager.all_steps()
+        if exists and metrics is not None and not self.has_metrics(step):
+            # Saved when a SIGTERM came during its evaluation. Metrics cannot be added to it.
+            self._manager.delete(step)
+            exists = False
+        if not exists:
             item = ocp.args.PyTreeSave(_to_tree(state), custom_metadata=self._metadata)
             with self._writable():
                 self._manager.save(step, args=item, metrics=metrics)
+
+    def has_metrics(self, step: int) -> bool:
+        """Returns whether there is a checkpoint of a step with the metrics of its evaluation."""
+        return step in self._manager.all_steps() and self._manager.metrics(step) is not None
 
     def wait(self) -> None:
         """Waits until all processes have written everything that was saved to disk.
@@ -165,18 +173,20 @@ class Checkpoints:
         except Exception as error:
             last = newest(self._workdir)
             there = "there is none yet" if last is None else f"the last one is of step {last}"
+            advice = "Start" if paths.is_remote(self._workdir) else "Make room and start"
             raise WriteError(
                 f"a checkpoint in {self._workdir} cannot be written: {_reason(error)}; {there}. "
-                "Make room and start the same command again to go on from it"
+                f"{advice} the same command again to go on from it"
             ) from error
 
-    def _move_aside(self, directory: pathlib.Path) -> pathlib.Path:
+    def _move_aside(self, directory: epath.Path) -> epath.Path:
         self._manager.close()
         target = self._workdir / _CORRUPT / directory.name
         if distributed.is_primary():
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            directory.rename(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                target.rmtree()
+            paths.move_folder(directory, target)
         distributed.gather("")  # other processes open the folder again after the move
         self._manager = self._open()
         return target
@@ -185,13 +195,15 @@ class Checkpoints:
         return ocp.CheckpointManager(self._workdir / _FOLDER, options=self._options)
 
 
-def newest(workdir: pathlib.Path) -> int | None:
+def newest(workdir: epath.Path) -> int | None:
     """Returns the step of the newest complete checkpoint in a workdir; None without any."""
-    names = [path.name for path in (workdir / _FOLDER).glob("*")]
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    steps = [path for path in (workdir / _FOLDER).glob("*") if path.name.isdigit()]
+    if paths.is_remote(workdir):  # where a checkpoint has its name before it is complete
+        steps = [path for path in steps if ocp.utils.is_checkpoint_finalized(path)]
+    return max((int(path.name) for path in steps), default=None)
 
 
-def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
+def find(path: epath.Path, *, which: str = "best") -> epath.Path:
     """Returns the directory of one checkpoint.
 
     Args:
@@ -202,8 +214,8 @@ def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
       InputError: there is no such checkpoint.
     """
     if (path / _ITEM).is_dir():
-        return path.resolve()
-    folder = (path / _FOLDER).resolve()
+        return paths.absolute(path)
+    folder = paths.absolute(path / _FOLDER)
     if not folder.is_dir():
         raise InputError(f"{path} is neither a workdir nor a checkpoint: it has no {_FOLDER}/")
     options = ocp.CheckpointManagerOptions(
@@ -220,7 +232,7 @@ def find(path: pathlib.Path, *, which: str = "best") -> pathlib.Path:
     return folder / str(step)
 
 
-def choose(checkpoint: pathlib.Path, weights: str) -> tuple[str, bool]:
+def choose(checkpoint: epath.Path, weights: str) -> tuple[str, bool]:
     """Returns which weights of a checkpoint a choice means, and whether it has a moving average.
 
     Args:
@@ -241,9 +253,7 @@ def choose(checkpoint: pathlib.Path, weights: str) -> tuple[str, bool]:
     return weights, "ema" in sections
 
 
-def load_variables(
-    checkpoint: pathlib.Path, like: Variables, *, weights: str = "auto"
-) -> Variables:
+def load_variables(checkpoint: epath.Path, like: Variables, *, weights: str = "auto") -> Variables:
     """Reads the weights alone from a checkpoint of training.
 
     Args:
@@ -260,7 +270,7 @@ def load_variables(
         return _from_tree(_read(checkpoint, _to_tree(abstract), partial=True), abstract)[weights]
 
 
-def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
+def model_of(checkpoint: epath.Path) -> dict[str, Any] | None:
     """Returns the configuration of a checkpoint's model, as of `ModelConfig.to_dict`, if saved.
 
     Raises:
@@ -270,7 +280,7 @@ def model_of(checkpoint: pathlib.Path) -> dict[str, Any] | None:
         return (_metadata(checkpoint).custom_metadata or {}).get(_MODEL)
 
 
-def class_names_of(checkpoint: pathlib.Path) -> ClassNames | None:
+def class_names_of(checkpoint: epath.Path) -> ClassNames | None:
     """Returns the names of a checkpoint's classes by number, if saved.
 
     Raises:
@@ -282,7 +292,7 @@ def class_names_of(checkpoint: pathlib.Path) -> ClassNames | None:
 
 
 def save_variables(
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     variables: Variables,
     model: ModelConfig,
     class_names: ClassNames | None = None,
@@ -302,7 +312,7 @@ def save_variables(
         checkpoints.save(0, {"model": variables})
 
 
-def _read(directory: pathlib.Path, target: dict[str, Any], *, partial: bool = False) -> Any:
+def _read(directory: epath.Path, target: dict[str, Any], *, partial: bool = False) -> Any:
     """Reads the arrays of a checkpoint.
 
     Args:
@@ -344,12 +354,12 @@ def _reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _saved_shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+def _saved_shapes(directory: epath.Path) -> dict[str, tuple[int, ...]]:
     flat = traverse_util.flatten_dict(_metadata(directory).tree, sep="/")
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
-def _metadata(directory: pathlib.Path) -> Any:
+def _metadata(directory: epath.Path) -> Any:
     with _reader() as checkpointer:
         metadata = checkpointer.metadata(directory / _ITEM).item_metadata
     if metadata is None:
@@ -358,7 +368,7 @@ def _metadata(directory: pathlib.Path) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(checkpoint: pathlib.Path) -> Iterator[None]:
+def _readable(checkpoint: epath.Path) -> Iterator[None]:
     """Raises an `InputError` in place of any exception of orbax, as for a damaged file."""
     try:
         yield
@@ -373,6 +383,8 @@ def _reason(error: Exception) -> str:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))
+    if remote := re.findall(r"gs://\S+: ([^\[]+)", str(error)):
+        return remote[-1].strip()
     return getattr(error, "strerror", None) or first_line(error)
 
 

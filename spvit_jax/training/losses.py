@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from spvit_jax.errors import InputError, nearest
 from spvit_jax.models import Outputs
 
 
@@ -22,6 +25,10 @@ class Targets(struct.PyTreeNode):
     label: jax.Array
     distilled: jax.Array | None = None
     dense: jax.Array | None = None
+
+
+# (outputs, targets, dense_weight) → the loss of a batch, a float32 scalar.
+Loss = Callable[[Outputs, Targets, float], jax.Array]
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -55,3 +62,24 @@ def classification_loss(outputs: Outputs, targets: Targets, dense_weight: float)
         dense = optax.softmax_cross_entropy(outputs.dense, labels)
         loss = loss + dense_weight * dense.mean()
     return jnp.asarray(loss, jnp.float32)
+
+
+_LOSSES: dict[str, Loss] = {"cross_entropy": classification_loss}
+
+
+def register_loss(name: str, loss: Loss) -> None:
+    """Adds a training loss, which `loss.name` then names.
+
+    Args:
+      name: name of the loss.
+      loss: function of (outputs, targets, dense_weight) that JAX can trace and differentiate, as
+        `classification_loss`.
+    """
+    _LOSSES[name] = loss
+
+
+def find_loss(name: str) -> Loss:
+    """Returns the loss of a name; raises an `InputError` if there is none."""
+    if name not in _LOSSES:
+        raise InputError(f"unknown loss {name!r} in loss.name{nearest(name, _LOSSES)}")
+    return _LOSSES[name]

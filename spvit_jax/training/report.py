@@ -2,8 +2,8 @@
 
 In the workdir: `train.log` for reading, `metrics.jsonl` and TensorBoard event files for plotting.
 `metrics.jsonl` holds only what is a function of the configuration, so that a run that was killed
-and continued leaves the same bytes as one that was not; speed goes to the others. Of several
-processes the first one reports, and the others are silent.
+and continued leaves the same bytes as one that was not; speed and times go to the others, and to
+`times.jsonl`. Of several processes the first one reports, and the others are silent.
 """
 
 from __future__ import annotations
@@ -11,28 +11,45 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import pathlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
 
+import jax
 from clu import parameter_overview
+from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import atomic, distributed
+from spvit_jax import atomic, distributed, logs
 from spvit_jax import config as config_lib
+from spvit_jax.append_only import AppendOnlyFile
 from spvit_jax.errors import writing
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.training import sharding
+from spvit_jax.training.profile import Profiler
 from spvit_jax.training.run import TrainingRun
 from spvit_jax.training.state import Metrics, means
+from spvit_jax.training.tensorboard import EventFile
+from spvit_jax.training.timeline import INPUT, REPORT, STEP, Timeline, spread
+from spvit_jax.training.utilization import peak_images_per_second
+from spvit_jax.training.wandb_writer import WandbWriter
 
-if TYPE_CHECKING:
-    from clu.metric_writers import MetricWriter
+
+class MetricWriter(Protocol):
+    """Place for a run's metrics; writers of clu are such ones."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
+        """Writes the values of a step."""
+
+    def flush(self) -> None:
+        """Puts what has been written where it survives this machine."""
+
+    def close(self) -> None:
+        """Ends writing."""
 
 
 def summarize(run: TrainingRun) -> None:
@@ -71,111 +88,227 @@ class Reporter:
     """Reporter of a run's progress on the terminal and in its records; a context manager."""
 
     def __init__(
-        self, workdir: pathlib.Path, *, start_step: int, total_steps: int, batch_size: int
+        self,
+        workdir: epath.Path,
+        timeline: Timeline,
+        profiler: Profiler,
+        *,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        full_speed: float | None = None,
+        evaluates: bool = False,
+        open_writers: Callable[[], Sequence[MetricWriter]] = tuple,
     ):
-        self._path = workdir / "metrics.jsonl"
-        self._batch_size = batch_size
-        self._total_steps = total_steps
-        self._start_step = start_step
+        """Drops the records that this run will make again.
+
+        Args:
+          workdir: folder of the run.
+          timeline: times of the run.
+          profiler: profiler of its steps.
+          start_step: number of steps taken before.
+          total_steps: number of steps of the run.
+          batch_size: images per step.
+          full_speed: images per second at which MFU is 1; None if unknown.
+          evaluates: whether the evaluation at `start_step` is still to come.
+          open_writers: function that opens further writers of metrics; of the first process only.
+        """
+        self._path, self._times_path = workdir / "metrics.jsonl", workdir / "times.jsonl"
+        self._timeline, self._profiler = timeline, profiler
+        self._step, self._total_steps = start_step, total_steps
+        self._batch_size, self._full_speed = batch_size, full_speed
+        self._open_writers = open_writers
+        self._writers: Sequence[MetricWriter] = ()
+        # Both None in the processes that do not report.
+        self._records: AppendOnlyFile | None = None
+        self._times: AppendOnlyFile | None = None
         self._stack = contextlib.ExitStack()
         if distributed.is_primary():
-            _drop_records_after(self._path, start_step)
+            _drop_records_after(self._path, start_step, evaluates=evaluates)
+
+    @classmethod
+    def of(
+        cls,
+        run: TrainingRun,
+        workdir: epath.Path,
+        timeline: Timeline,
+        *,
+        start_step: int,
+        evaluates: bool,
+    ) -> Self:
+        """Returns the reporter of a training run, with the writers that its configuration names."""
+        config = run.config
+
+        def open_writers() -> Iterator[MetricWriter]:
+            with writing(workdir):
+                yield EventFile(workdir)
+            if config.wandb:
+                yield WandbWriter(workdir, config.wandb, config.to_dict())
+
+        return cls(
+            workdir,
+            timeline,
+            Profiler(workdir, start=config.profile.start, steps=config.profile.steps),
+            start_step=start_step,
+            total_steps=run.steps,
+            batch_size=config.data.batch_size,
+            full_speed=peak_images_per_second(run.model, run.mesh),
+            evaluates=evaluates,
+            open_writers=lambda: list(open_writers()),
+        )
 
     def __enter__(self) -> Self:
         writes = distributed.is_primary()
-        path = self._path if writes else pathlib.Path(os.devnull)
-        with writing(path):
-            self._records = self._stack.enter_context(path.open("a"))
-        self._writer = _open_tensorboard(self._path.parent) if writes else None
-        if self._writer is not None:
-            self._stack.callback(self._writer.close)
+        self._stack.enter_context(self._profiler)
+        if writes:
+            self._records, self._times = map(self._open, (self._path, self._times_path))
+            self._writers = self._open_writers()
+        for writer in self._writers:
+            self._stack.callback(writer.close)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
-                initial=self._start_step,
+                initial=self._step,
                 unit="step",
                 disable=not writes or not sys.stderr.isatty(),
                 dynamic_ncols=True,
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
         )
-        self._reset_clock(self._start_step)
+        self._timeline.begin_steps(self._step)
+        self._reset()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self._path):  # what could not be written before is tried again
+        with writing(self._path):
             self._stack.close()
+        self._flush_records()
 
-    def advance(self) -> None:
-        """Moves the progress bar by one step."""
+    def flush(self) -> None:
+        """Puts all reports where they survive this machine; for use before a checkpoint.
+
+        Raises:
+          WriteError: the records cannot be written.
+        """
+        self._flush_records()
+        for writer in self._writers:
+            writer.flush()
+        logs.flush()
+
+    def step(self) -> AbstractContextManager[object]:
+        """Returns a context in which the next step is to begin, for profiles."""
+        return self._profiler.step(self._step)
+
+    def advance(self, counter: jax.Array) -> None:
+        """Notes that a step has begun.
+
+        Args:
+          counter: scalar of the state that the step computes.
+        """
+        self._step += 1
+        self._timeline.follow(counter)
+        if self._profiler.ends_at(self._step):
+            jax.block_until_ready(counter)  # the devices take a step after it has begun
+            with self._timeline.phase(REPORT):
+                self._profiler.end()
         self._bar.update()
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Excludes the time inside from the images per second that are reported."""
-        start = time.monotonic()
-        yield
-        self._clock += time.monotonic() - start
-
-    def train(self, step: int, metrics: Metrics, learning_rate: float) -> None:
+    def train(self, metrics: Metrics, learning_rate: float) -> None:
         """Reports the training metrics since the last report.
 
         Args:
-          step: number of steps taken.
           metrics: sums and counts since the last report.
-          learning_rate: learning rate of the step.
+          learning_rate: learning rate of the last step.
         """
-        values = means(metrics) | {"lr": learning_rate}
-        speed = (step - self._clock_step) * self._batch_size / (time.monotonic() - self._clock)
-        seconds = (self._total_steps - step) * self._batch_size / speed
-        left = datetime.timedelta(seconds=round(seconds))
-        self._record("train", step, values)
-        self._plot(step, {"train/images_per_second": speed})
-        text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
-        self._bar.set_postfix_str(f"{text}  left {left}")
-        log.debug(
-            "step %d/%d  %s  lr %.3g  left %s", step, self._total_steps, text, learning_rate, left
-        )
-        self._reset_clock(step)
+        values = means(metrics) | {"lr": learning_rate}  # waits for the steps to end
+        with self._timeline.phase(REPORT):
+            times = self._measure()
+            speed = times["images_per_second"]
+            seconds = (self._total_steps - self._step) * self._batch_size / speed
+            left = datetime.timedelta(seconds=round(seconds))
+            self._record("train", values)
+            self._write(self._times, {"step": self._step, "time": time.time(), **times})
+            self._plot({f"train/{name}": value for name, value in times.items()})
+            text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
+            self._bar.set_postfix_str(f"{text}  left {left}")
+            mfu = f"  MFU {times['mfu']:.1%}" if "mfu" in times else ""
+            log.debug(
+                "step %d/%d  %s  lr %.3g  left %s  step %.3g s (p90 %.3g, max %.3g)%s",
+                *(self._step, self._total_steps, text, learning_rate, left),
+                *(times[f"step_seconds_{name}"] for name in ("median", "p90", "max")),
+                mfu,
+            )
+            self._profiler.look()
+        self._reset()
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
+    def evaluation(self, values: dict[str, float]) -> None:
         """Reports the metrics of an evaluation.
 
         Args:
-          step: number of steps taken.
           values: mean of each metric, by name.
         """
-        self._record("eval", step, values)
-        texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
-        text = "  ".join(f"{name} {value}" for name, value in texts.items())
-        log.info("step %d/%d  evaluation: %s", step, self._total_steps, text)
+        with self._timeline.phase(REPORT):
+            self._record("eval", values)
+            texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
+            text = "  ".join(f"{name} {value}" for name, value in texts.items())
+            log.info("step %d/%d  evaluation: %s", self._step, self._total_steps, text)
 
-    def _record(self, prefix: str, step: int, values: dict[str, float]) -> None:
+    def _measure(self) -> dict[str, float]:
+        """Returns speed and times of steps since the last report, and shares of all time so far."""
+        seconds = self._timeline.seconds()
+        spent = sum(seconds[name] - self._before[name] for name in (STEP, INPUT))
+        speed = (self._step - self._reported) * self._batch_size / spent
+        taken = spread(self._timeline.take_step_seconds() or [spent])
+        total = sum(seconds.values())
+        return {
+            "images_per_second": speed,
+            **({} if self._full_speed is None else {"mfu": speed / self._full_speed}),
+            **{f"step_seconds_{name}": value for name, value in taken.items()},
+            **{f"share_{name}": value / total for name, value in seconds.items()},
+            "seconds": total,
+        }
+
+    def _record(self, prefix: str, values: dict[str, float]) -> None:
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        with writing(self._path):
-            self._records.write(json.dumps({"step": step, **named}) + "\n")
-            self._records.flush()
-            if distributed.is_primary():
-                os.fsync(self._records.fileno())  # a checkpoint may outlive the machine
-        self._plot(step, named)
+        self._write(self._records, {"step": self._step, **named})
+        self._plot(named)
 
-    def _plot(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write_scalars(step, values)
+    def _write(self, file: AppendOnlyFile | None, record: dict[str, float]) -> None:
+        if file is not None:
+            with writing(file.path):
+                file.write((json.dumps(record) + "\n").encode())
 
-    def _reset_clock(self, step: int) -> None:
-        self._clock, self._clock_step = time.monotonic(), step
+    def _flush_records(self) -> None:
+        for file in (self._records, self._times):
+            if file is not None:
+                with writing(file.path):
+                    file.flush()
+
+    def _plot(self, values: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write_scalars(self._step, values)
+
+    def _open(self, path: epath.Path) -> AppendOnlyFile:
+        with writing(path):
+            return AppendOnlyFile(path)
+
+    def _reset(self) -> None:
+        self._before, self._reported = self._timeline.seconds(), self._step
 
 
-def _open_tensorboard(folder: pathlib.Path) -> MetricWriter:
-    """Opens the TensorBoard file of a run; imports TensorFlow, with which clu writes it."""
-    from clu import metric_writers
+def log_times(timeline: Timeline) -> None:
+    """Logs a run's time in all and the share of each phase."""
+    seconds = timeline.seconds()
+    total = sum(seconds.values())
+    shares = ", ".join(f"{name} {value / total:.1%}" for name, value in seconds.items())
+    log.info("time            %s: %s", datetime.timedelta(seconds=round(total)), shares)
 
-    return metric_writers.SummaryWriter(str(folder))
 
+def _drop_records_after(path: epath.Path, step: int, *, evaluates: bool) -> None:
+    """Drops the records after a step, which a run that goes on from it makes again.
 
-def _drop_records_after(path: pathlib.Path, step: int) -> None:
-    """Drops the records after a step, which a run that goes on from it makes again."""
+    So is that of the evaluation at the step, if it `evaluates` there.
+    """
     if not path.exists():
         return
     kept = []
@@ -184,7 +317,8 @@ def _drop_records_after(path: pathlib.Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # cut off by a kill; nothing follows it
-        if record["step"] <= step:
+        again = evaluates and record["step"] == step and "eval/count" in record
+        if record["step"] <= step and not again:
             kept.append(line + "\n")
     with writing(path):
         atomic.write_text(path, "".join(kept))

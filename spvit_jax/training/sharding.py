@@ -94,6 +94,11 @@ def num_slices(mesh: Mesh) -> int:
     return len({slice_of(device) for device in mesh.devices.flat})
 
 
+def platform(mesh: Mesh) -> str:
+    """Returns the platform of a mesh's devices, such as "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def slice_of(device: Any) -> int:
     """Returns the index of the slice that a device is in; 0 on machines without slices."""
     return getattr(device, "slice_index", None) or 0

@@ -1,14 +1,18 @@
-"""A process that tests start several of: checks rows and texts, or trains and notes the examples.
+"""A process that tests start several of: checks rows and texts, or trains in a special way.
 
     python -m tests.helpers.cluster_member rows OUTPUT --coordinator=… --num_processes=…
     python -m tests.helpers.cluster_member train OUTPUT --config=… --workdir=… --coordinator=…
+    python -m tests.helpers.cluster_member hang OUTPUT --config=… --workdir=… --coordinator=…
 
-Process 0 writes OUTPUT, a JSON file.
+Process 0 writes OUTPUT, a JSON file. `hang` trains, and process 1 waits for ever for the input of
+its tenth step, unless there is OUTPUT, which it then makes.
 """
 
+import itertools
 import json
 import pathlib
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -43,6 +47,22 @@ def train_and_note_examples(output):
             output.write_text(json.dumps(noted))
 
 
+def train_and_hang(output):
+    calls, put_batch = itertools.count(1), sharding.put_batch
+
+    def read_from_a_disk_that_hangs():
+        output.touch()
+        threading.Event().wait()
+
+    def put_or_hang(batch, mesh):
+        if next(calls) == 10 and jax.process_index() == 1 and not output.exists():
+            read_from_a_disk_that_hangs()
+        return put_batch(batch, mesh)
+
+    sharding.put_batch = put_or_hang
+    train.main()
+
+
 def check_rows(output):
     """Global batches over meshes whose devices of one process do not stand side by side."""
     address = cli.cluster_flags()
@@ -71,4 +91,5 @@ def check_rows(output):
 
 if __name__ == "__main__":
     what, target = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
-    {"rows": check_rows, "train": train_and_note_examples}[what](target)
+    modes = {"rows": check_rows, "train": train_and_note_examples, "hang": train_and_hang}
+    modes[what](target)

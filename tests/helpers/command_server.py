@@ -13,8 +13,7 @@ import os
 import runpy
 import sys
 
-# What is written for TensorBoard with comes after the package, which sets TensorFlow up.
-IMPORTED = ("spvit_jax.plan", "clu.metric_writers")
+IMPORTED = ("spvit_jax.plan", "spvit_jax.training.report")
 
 
 def execute(module, args, *outputs):

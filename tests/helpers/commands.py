@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -34,12 +35,12 @@ SMALL = [
 ]
 
 
-def command(name, *args):
+def command(name: str, *args: object) -> list[str]:
     return [sys.executable, "-m", f"spvit_jax.{name}", *map(str, args)]
 
 
 @functools.cache
-def _server(environment):
+def _server(environment: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
     """The process that forks the commands of an environment, given as a set of pairs."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.command_server"],
@@ -53,25 +54,32 @@ def _server(environment):
     return server
 
 
-def run(environment, name, *args, check=True):
+def run(
+    environment: dict[str, str], name: str, *args: object, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end, without the seconds that its imports take."""
     server = _server(frozenset(environment.items()))
+    assert server.stdin is not None
+    assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         outputs = [pathlib.Path(folder) / name for name in ("stdout", "stderr")]
         request = [f"spvit_jax.{name}", [*map(str, args)], *map(str, outputs)]
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
-        result = subprocess.CompletedProcess(request, code, *(path.read_text() for path in outputs))
+        said = [path.read_text() for path in outputs]
+        result = subprocess.CompletedProcess(command(name, *args), code, *said)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 
 
-def records_of(workdir):
+def records_of(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until(condition, process, seconds=240):
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 240
+) -> None:
     """Looks every millisecond; fails if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -80,14 +88,14 @@ def wait_until(condition, process, seconds=240):
         time.sleep(0.001)
 
 
-def truncate_checkpoint(workdir, step):
+def truncate_checkpoint(workdir: pathlib.Path, step: int) -> None:
     """Cuts the two largest files of a checkpoint in half, as a full disk might."""
     files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_size)[-2:]:
         os.truncate(path, path.stat().st_size // 2)
 
 
-def saved_arrays(workdir, step):
+def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     directory = workdir / "checkpoints" / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
         # As NumPy's, whatever the devices were that it was saved from.
@@ -97,19 +105,24 @@ def saved_arrays(workdir, step):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def assert_same_run(workdir, reference, step=120):
+def assert_same_run(
+    workdir: pathlib.Path,
+    reference: pathlib.Path,
+    step: int = 120,
+    names: Sequence[str] = ("ema/", "opt_state/"),
+) -> None:
     """Bit for bit: the last state, and the records of how it was reached."""
     ours, theirs = saved_arrays(workdir, step), saved_arrays(reference, step)
     assert ours.keys() == theirs.keys()
-    assert any(name.startswith("ema/") for name in ours)
-    assert any(name.startswith("opt_state/") for name in ours)
+    for prefix in names:
+        assert any(name.startswith(prefix) for name in ours), prefix
     for name in ours:
         assert np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes(), name
     records = [(path / "metrics.jsonl").read_bytes() for path in (workdir, reference)]
     assert records[0] == records[1]
 
 
-def newest_step(workdir):
+def newest_step(workdir: pathlib.Path) -> int:
     folder = workdir / "checkpoints"
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     return max(steps, default=0)

@@ -88,7 +88,7 @@ def block(x, p, config, layer, grid, num_prefix):
             gain = pairwise_gain(*w, grid, config.prior_extent)[head]
             gain = np.pad(gain, ((num_prefix, 0), (num_prefix, 0)), constant_values=1.0)
             scores = scores * gain
-        if head < masked:
+        if head in masked:
             near = neighbourhood(grid, config.mask_shape, num_prefix)
             far = 0.0 if config.mask_kind == "soft" else -np.inf
             scores = np.where(near, scores, far)

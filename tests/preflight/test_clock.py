@@ -1,12 +1,15 @@
 """The expected time of programs of which every instruction's cycles are known."""
 
+import re
+
 import pytest
 
 from spvit_jax.preflight import clock, hlo
 from spvit_jax.preflight.clock import read_clock
 from spvit_jax.preflight.collectives import collectives
-from spvit_jax.preflight.parts import COLLECTIVES, LOOPS, OTHER, scope_of
+from spvit_jax.preflight.parts import COLLECTIVES, LOOPS, OTHER, SCOPES, scope_of
 from spvit_jax.preflight.topology import CHIPS
+from tests.helpers import REPOSITORY
 
 V5E = CHIPS["v5e"]
 HERTZ = 197e12 / (2 * 4 * 128 * 128)  # four units of 128×128 make its 197 TFLOPs
@@ -150,3 +153,12 @@ def test_what_is_large_and_no_product_is_named_with_its_line(by_name):
 )
 def test_the_innermost_scope_decides(operation, part):
     assert scope_of(operation) == part
+
+
+def test_every_scope_of_the_package_belongs_to_a_part():
+    found = {
+        name
+        for path in (REPOSITORY / "spvit_jax").rglob("*.py")
+        for name in re.findall(r'named_scope\("(\w+)"\)', path.read_text())
+    }
+    assert found == set(SCOPES)

@@ -1,12 +1,14 @@
 """What a launch needs beside a program is looked at without changing anything."""
 
 import pytest
+from etils import epath
 
-from spvit_jax import plan
+from spvit_jax import paths, plan
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks
 from spvit_jax.preflight.launch_checks import ABSENT, OK, WRONG
 from spvit_jax.training.run import DataSize, TrainingRun
+from tests.helpers.bucket import serving
 from tests.helpers.configs import digits, load
 
 
@@ -78,12 +80,22 @@ def test_a_workdir_that_cannot(run: TrainingRun, tmp_path, monkeypatch):
     (check,) = launch_checks.check_launch(run, tmp_path / "file" / "run")
     assert check.state == WRONG
     assert "cannot be written to" in check.words
-    monkeypatch.setattr(
-        launch_checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
-    )
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     (check,) = launch_checks.check_launch(run, tmp_path / "run")
     assert check.state == WRONG
     assert "has no room" in check.words
+
+
+def test_a_workdir_in_a_bucket(run: TrainingRun):
+    with serving("launch") as bucket:
+        (check,) = launch_checks.check_launch(run, bucket / "runs" / "one")
+        assert check.state == OK
+        assert "4 checkpoints take" in check.words
+        assert "free" not in check.words
+        assert paths.files_below(bucket) == []
+        (check,) = launch_checks.check_launch(run, epath.Path("gs://nowhere/run"))
+        assert check.state == WRONG
+        assert "gs://nowhere/run cannot be written to" in check.words
 
 
 def test_weights_that_are_not_there(run: TrainingRun, tmp_path):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import flags
+from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import cli, plan
+from spvit_jax import atomic, cli, paths, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.augment import mix
@@ -34,7 +35,7 @@ _TOP_K = 5  # logits of each token
 _COMMANDS = ("pack", "make", "show")
 
 
-def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | None]:
+def published(folder: epath.Path, names: list[str]) -> Iterator[np.ndarray | None]:
     """Yields the published label map of each image from the `.pt` file of its name, or None.
 
     Args:
@@ -44,9 +45,9 @@ def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | N
     Raises:
       InputError: a `.pt` file is not a label map.
     """
-    paths = {path.stem: path for path in folder.rglob("*.pt")}
+    by_name = _label_files(folder)
     for name in names:
-        path = paths.get(pathlib.Path(name).stem)
+        path = by_name.get(pathlib.PurePath(name).stem)
         if path is None:
             yield None
             continue
@@ -56,9 +57,18 @@ def published(folder: pathlib.Path, names: list[str]) -> Iterator[np.ndarray | N
         yield array
 
 
+def _label_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """Returns the `.pt` files in a folder, nested or not, by their names without the suffix."""
+    if paths.is_remote(folder):
+        names = paths.files_below(folder)
+    else:
+        names = [str(path.relative_to(folder)) for path in pathlib.Path(folder).rglob("*.pt")]
+    return {pathlib.PurePath(name).stem: folder / name for name in names if name.endswith(".pt")}
+
+
 def predicted(
     config: config_lib.ConfigDict,
-    path: pathlib.Path,
+    path: epath.Path,
     source: Source,
     *,
     which: str = "best",
@@ -111,7 +121,7 @@ def predicted(
             )
 
 
-def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
+def draw(image: np.ndarray, label_map: np.ndarray, path: epath.Path) -> None:
     """Writes a PNG of an image and, over it, the best class of each cell of its label map."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -133,8 +143,8 @@ def draw(image: np.ndarray, label_map: np.ndarray, path: pathlib.Path) -> None:
     most = ", ".join(str(c) for c in found[np.argsort(-counts)][:3])
     axes[1].set_title(f"best class of each cell; most frequent: {most}", fontsize=8)
     figure.colorbar(shown, ax=axes[1], shrink=0.8, label="largest logit")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
@@ -156,10 +166,11 @@ def _pack() -> None:
     )
 
     def run() -> None:
+        labels, target = paths.parse(folder.value), output()
         images = source()
         names = images.file_names(np.arange(len(images)))
-        maps = published(pathlib.Path(folder.value), names)
-        _write(output(), maps, images, classes.value, folder.value)
+        maps = published(labels, names)
+        _write(target, maps, images, classes.value, folder.value)
 
     cli.run(run)
 
@@ -171,11 +182,12 @@ def _make() -> None:
     output = _output_flag("The .npy file to write.")
 
     def run() -> None:
+        target = output()
         plan.check_names(config())
         data = config().data
         images = datasets.load(data.dataset, data.train_split, data.data_dir)
-        maps = predicted(config(), pathlib.Path(path.value), images, **weights())
-        _write(output(), maps, images, None, path.value)
+        maps = predicted(config(), paths.parse(path.value), images, **weights())
+        _write(target, maps, images, None, path.value)
 
     cli.run(run)
 
@@ -187,15 +199,16 @@ def _show() -> None:
     output = _output_flag("The .png file to write.")
 
     def run() -> None:
-        images, maps = source(), LabelMaps(pathlib.Path(path.value))
+        target = output()
+        images, maps = source(), LabelMaps(paths.parse(path.value))
         maps.check(len(images), images.class_names)
         if not 0 <= index.value < len(images):
             raise InputError(f"--index is {index.value}; expected 0 to {len(images) - 1}")
         wanted = np.array([index.value])
         encoded, labels = images.fetch(wanted)
         image = WholeTransform((224, 224))(encoded[0]).numpy()
-        draw(image, maps.fetch(wanted, labels)[0], output())
-        print(f"image {index.value} of class {labels[0]} with its labels: {output()}")
+        draw(image, maps.fetch(wanted, labels)[0], target)
+        print(f"image {index.value} of class {labels[0]} with its labels: {target}")
 
     cli.run(run)
 
@@ -209,13 +222,13 @@ def _source_flags() -> cli.Getter[Source]:
     return lambda: datasets.load(name.value, split.value, data_dir.value)
 
 
-def _output_flag(text: str) -> cli.Getter[pathlib.Path]:
+def _output_flag(text: str) -> cli.Getter[epath.Path]:
     output = flags.DEFINE_string("output", None, text, required=True)
-    return lambda: pathlib.Path(output.value)
+    return lambda: paths.parse_output(output.value)
 
 
 def _write(
-    path: pathlib.Path,
+    path: epath.Path,
     maps: Iterator[np.ndarray | None],
     images: Source,
     num_classes: int | None,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import math
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import atomic
+from spvit_jax import atomic, paths
 from spvit_jax.classes import ClassNames, check_same
 from spvit_jax.data.sources import Source
 from spvit_jax.errors import InputError
@@ -29,21 +30,22 @@ class LabelMaps:
       missing: number of images without a label map.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: epath.Path):
         """Opens a file of label maps that `write` has written.
 
         Raises:
           InputError: the file is missing or incomplete.
         """
         try:
-            self._maps = np.load(path, mmap_mode="r")
+            self._maps = _RemoteArray(path) if paths.is_remote(path) else np.load(path, "r")
             metadata = json.loads(_metadata_path(path).read_text())
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path} is not a file of token labels: {error}; make one with "
                 "python -m spvit_jax.data.token_labels"
             ) from error
-        self.shape = self._maps.shape[2:]
+        channels, height, width = self._maps.shape[2:]
+        self.shape = (channels, height, width)
         self.num_classes, self.missing = metadata["num_classes"], metadata["missing"]
         names = metadata.get("class_names")
         self.class_names: ClassNames | None = None if names is None else tuple(names)
@@ -82,6 +84,42 @@ class LabelMaps:
             check_same(self.class_names, class_names, what, "make them for the same split")
 
 
+class _RemoteArray:
+    """Array file in a bucket, of which only the rows that are asked for are read.
+
+    Attributes:
+      shape: shape of the array.
+    """
+
+    def __init__(self, path: epath.Path):
+        """Reads the file's header.
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it is not an array file that `write` has written.
+        """
+        self._path = str(path)
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("it is not an array file of version 1.0")
+            self.shape, by_column, self._dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        if by_column:
+            raise ValueError("its rows are not in one piece each")
+        self._row = math.prod(self.shape[1:]) * self._dtype.itemsize  # bytes
+        if paths.size(path) < self._start + len(self) * self._row:
+            raise ValueError("it is cut off")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        starts = [self._start + int(index) * self._row for index in indices]
+        ends = [start + self._row for start in starts]
+        rows = paths.read_ranges([self._path] * len(starts), starts, ends)
+        return np.frombuffer(b"".join(rows), self._dtype).reshape(-1, *self.shape[1:])
+
+
 def open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
     """Opens the label maps that a configuration names; None if it names none.
 
@@ -100,13 +138,13 @@ def open_label_maps(config: ConfigDict, source: Source) -> LabelMaps | None:
             "token labels follow crops and not MixUp or CutMix; set config.augment.mixup=0 and "
             "config.augment.cutmix=0, and augment.mix_token for MixToken"
         )
-    label_maps = LabelMaps(pathlib.Path(config.token_labels.path))
+    label_maps = LabelMaps(paths.parse(config.token_labels.path))
     label_maps.check(len(source), source.class_names)
     return label_maps
 
 
 def write(
-    path: pathlib.Path,
+    path: epath.Path,
     maps: Iterable[np.ndarray | None],
     *,
     count: int,
@@ -180,5 +218,5 @@ def _write_array(
     return no_map.shape, missing
 
 
-def _metadata_path(path: pathlib.Path) -> pathlib.Path:
+def _metadata_path(path: epath.Path) -> epath.Path:
     return path.with_suffix(".json")

@@ -1,0 +1,220 @@
+"""Fused attention, softmax(G ⊙ QKᵀ/√d + B) V, as one Pallas program for TPUs, with its gradients.
+
+Scores stay on the chip: a program holds a few heads of a few images, and HBM sees the projection
+[B, N, 3D] as it lies, the result [B, N, D], and G and B once. The backward pass computes the
+scores again. The readable form of the equation is in `models/attention.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from spvit_jax.kernels.plan import Plan
+
+HEAD_DIMS = range(8, 129)  # widths of a head that the kernel knows
+DTYPES = ("float32", "bfloat16")
+
+
+def supports(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Returns whether the kernel knows heads of a width, in a dtype."""
+    return head_dim in HEAD_DIMS and jnp.dtype(dtype).name in DTYPES
+
+
+def fused_attention(
+    qkv: jax.Array,
+    num_heads: int,
+    gain: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes self-attention with a gain and a bias, softmax(G ⊙ QKᵀ/√d + B) V.
+
+    On a mesh it is to be called by `mesh.on_each_device`.
+
+    Args:
+      qkv: queries, keys and values [B, N, 3D], columns ordered [3, H, d]; float32 or bfloat16.
+      num_heads: number of heads H.
+      gain: G [H, N, N], float32 or bfloat16; None stands for 1.
+      bias: B, as `gain`; None stands for 0. An entry of -inf removes a pair.
+      interpret: whether to run in Pallas' interpret mode, on any platform.
+
+    Returns:
+      [B, N, D] in the dtype of `qkv`.
+    """
+
+    return _attention(qkv, gain, bias, num_heads, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(
+    qkv: jax.Array,
+    gain: jax.Array | None,
+    bias: jax.Array | None,
+    num_heads: int,
+    interpret: bool,
+) -> jax.Array:
+    plan = Plan.of(qkv, num_heads, sum(x is not None for x in (gain, bias)))
+    columns, factor = plan.columns_spec, plan.factor_spec
+    padded = plan.pad(qkv)
+    shape = (plan.batch, plan.tokens, plan.groups * plan.width)
+    out = pl.pallas_call(
+        functools.partial(_forward_kernel, plan),
+        grid=(plan.groups, plan.batch // plan.images),
+        in_specs=[columns(0), columns(1), columns(2), factor(gain), factor(bias)],
+        out_specs=columns(0),
+        out_shape=jax.ShapeDtypeStruct(shape, qkv.dtype),
+        compiler_params=plan.params(2),
+        cost_estimate=plan.cost(2, (qkv, gain, bias, qkv[..., : plan.dim])),
+        name="fused_attention",
+        interpret=interpret,
+    )(padded, padded, padded, gain, bias)
+    return plan.unpad(out)
+
+
+def _forward(
+    qkv: CustomVJPPrimal,
+    gain: CustomVJPPrimal | None,
+    bias: CustomVJPPrimal | None,
+    num_heads: int,
+    interpret: bool,
+) -> tuple[jax.Array, Any]:
+    values = [None if x is None else x.value for x in (qkv, gain, bias)]
+    out = _attention(*values, num_heads, interpret)
+    # What is learned is known here and not in `_backward`; a tree without leaves tells it.
+    learned = [() if x is not None and x.perturbed else None for x in (gain, bias)]
+    return out, (*values, learned)
+
+
+def _backward(
+    num_heads: int, interpret: bool, residuals: Any, grad: jax.Array | SymbolicZero
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    qkv, gain, bias, learned = residuals
+    if isinstance(grad, SymbolicZero):
+        return None, None, None
+    plan = Plan.of(qkv, num_heads, sum(x is not None for x in (gain, bias)))
+    columns, factor = plan.columns_spec, plan.factor_spec
+    padded, grad = plan.pad(qkv), plan.pad(grad)
+    dgain, dbias = (
+        None if is_learned is None else jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        for x, is_learned in zip((gain, bias), learned, strict=True)
+    )
+    dqkv, dgain, dbias = pl.pallas_call(
+        functools.partial(_backward_kernel, plan),
+        # The third axis writes the gradients of queries, keys and values, one after the other.
+        grid=(plan.groups, plan.batch // plan.images, 3),
+        in_specs=[columns(0), columns(1), columns(2), factor(gain), factor(bias), columns(0)],
+        out_specs=[plan.parts_spec(), factor(dgain), factor(dbias)],
+        out_shape=[jax.ShapeDtypeStruct(padded.shape, qkv.dtype), dgain, dbias],
+        scratch_shapes=[pltpu.VMEM((3, plan.images, plan.tokens, plan.width), qkv.dtype)],
+        compiler_params=plan.params(3),
+        cost_estimate=plan.cost(5, (qkv, qkv, grad, gain, bias, dgain, dbias)),
+        name="fused_attention_backward",
+        interpret=interpret,
+    )(padded, padded, padded, gain, bias, grad)
+    return (
+        plan.unpad(dqkv),
+        None if dgain is None else dgain.astype(gain.dtype),
+        None if dbias is None else dbias.astype(bias.dtype),
+    )
+
+
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _forward_kernel(
+    plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, gain_ref: Any, bias_ref: Any, out_ref: Any
+) -> None:
+    def attend(image: jax.Array) -> None:
+        for head, columns in plan.head_slices():
+            k, v = k_ref[image, :, columns], v_ref[image, :, columns]
+            for rows in plan.query_slices():
+                products = _dot(q_ref[image, rows, columns], k, (1, 1)) * plan.head_dim**-0.5
+                scores = _apply(products, gain_ref, bias_ref, head, rows)
+                weights, total = _exponentials(scores)
+                out = _dot(weights.astype(v.dtype), v, (1, 0)) / total
+                out_ref[image, rows, columns] = out.astype(out_ref.dtype)
+
+    plan.for_each_image(attend)
+
+
+def _backward_kernel(
+    plan: Plan,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    gain_ref: Any,
+    bias_ref: Any,
+    grad_ref: Any,
+    out_ref: Any,
+    dgain_ref: Any,
+    dbias_ref: Any,
+    parts_ref: Any,
+) -> None:
+    part, scale = pl.program_id(2), plan.head_dim**-0.5
+
+    @pl.when((pl.program_id(1) == 0) & (part == 0))
+    def _() -> None:
+        for ref in (dgain_ref, dbias_ref):
+            if ref is not None:
+                ref[...] = jnp.zeros_like(ref)
+
+    def differentiate(image: jax.Array) -> None:
+        for head, columns in plan.head_slices():
+            k, v = k_ref[image, :, columns], v_ref[image, :, columns]
+            dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+            for rows in plan.query_slices():
+                q, grad = q_ref[image, rows, columns], grad_ref[image, rows, columns]
+                products = _dot(q, k, (1, 1)) * scale
+                weights, total = _exponentials(_apply(products, gain_ref, bias_ref, head, rows))
+                weights = weights / total
+                dweights = _dot(grad, v, (1, 1))
+                delta = (weights * dweights).sum(axis=-1, keepdims=True)
+                dscores = weights * (dweights - delta)
+                if dbias_ref is not None:
+                    dbias_ref[head, rows, :] += dscores
+                if dgain_ref is not None:
+                    dgain_ref[head, rows, :] += dscores * products
+                if gain_ref is not None:
+                    dscores = dscores * gain_ref[head, rows, :].astype(jnp.float32)
+                dproducts = dscores.astype(q.dtype)
+                dq = _dot(dproducts, k, (1, 0))
+                parts_ref[0, image, rows, columns] = (dq * scale).astype(parts_ref.dtype)
+                dk += _dot(dproducts, q, (0, 0))
+                dv += _dot(weights.astype(grad.dtype), grad, (0, 0))
+            parts_ref[1, image, :, columns] = (dk * scale).astype(parts_ref.dtype)
+            parts_ref[2, image, :, columns] = dv.astype(parts_ref.dtype)
+
+    @pl.when(part == 0)
+    def _() -> None:
+        plan.for_each_image(differentiate)
+
+    out_ref[...] = parts_ref[part]
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Returns the product of two matrices over one axis of each, in float32."""
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _apply(scores: jax.Array, gain_ref: Any, bias_ref: Any, head: int, rows: slice) -> jax.Array:
+    """Returns G ⊙ scores + B of some queries."""
+    if gain_ref is not None:
+        scores = scores * gain_ref[head, rows, :].astype(jnp.float32)
+    if bias_ref is not None:
+        scores = scores + bias_ref[head, rows, :].astype(jnp.float32)
+    return scores
+
+
+def _exponentials(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns exp(scores), scaled so that the largest of a row is 1, and the sum of each row."""
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights, weights.sum(axis=-1, keepdims=True)

@@ -1,0 +1,117 @@
+"""Choice of the implementation of attention: XLA's products, or a kernel of `spvit_jax.kernels`.
+
+A further implementation is a name in `Implementation`, a case in `choose`, and a case in
+`Attention.attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from spvit_jax.errors import InputError
+from spvit_jax.kernels import fused
+from spvit_jax.kernels.plan import Plan
+
+Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
+
+_KERNELS = ("local", "fused", "fused_interpret")
+# Number of tokens from which masked heads are faster by `kernels.local`: on CPUs as measured by
+# `benchmarks.local_attention`, elsewhere where the N×N scores begin to fill the memory.
+_LOCAL_FROM = {"cpu": 150}
+_LOCAL_FROM_ELSEWHERE = 700
+
+
+def choose(
+    requested: Implementation, qkv: jax.Array, num_heads: int, num_factors: int
+) -> Implementation:
+    """Returns the implementation that computes an attention: never "auto".
+
+    Args:
+      requested: a name, or "auto" for the fastest on the devices of the program being traced;
+        "local" is about masked heads alone, and "auto" for others.
+      qkv: queries, keys and values [B, N, 3D].
+      num_heads: number of heads H.
+      num_factors: number of factors [H, N, N] that scores have or may have: of G, of B.
+
+    Raises:
+      InputError: the implementation does not run on the devices, or not for so many tokens.
+    """
+    num_tokens, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
+    fits = Plan.of(qkv, num_heads, num_factors).fits
+    if requested in ("auto", "local"):
+        runs = platform() == "tpu" and fits and fused.supports(head_dim, qkv.dtype)
+        return "fused" if runs else "xla"
+    check_platform(requested, platform())
+    if requested in _KERNELS and not fits:
+        raise InputError(
+            f"attention is {requested!r} on {num_tokens} tokens with {num_heads} heads of width "
+            f"{head_dim}, for which the kernel needs too much of a chip's fast memory; choose "
+            "'auto' or 'xla', or smaller images"
+        )
+    return requested
+
+
+def is_local(requested: Implementation, num_tokens: int) -> bool:
+    """Returns whether masked heads are computed at a cost linear in the number of tokens.
+
+    Args:
+      requested: as in `choose`.
+      num_tokens: number of tokens, prefix included.
+    """
+    if requested == "auto":
+        return num_tokens >= _LOCAL_FROM.get(platform(), _LOCAL_FROM_ELSEWHERE)
+    return requested == "local"
+
+
+def platform() -> str:
+    """Returns the platform that a program is traced for: that of the mesh in context, if any."""
+    # Not of this process's devices: `preflight` compiles for TPUs in a process on a CPU.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def check_platform(requested: Implementation, platform: str) -> None:
+    """Raises an `InputError` if an implementation does not run on a platform such as "cpu"."""
+    if requested == "fused" and platform != "tpu":
+        raise InputError(
+            f"attention is 'fused', a kernel for TPUs, and the devices are {platform.upper()}s; "
+            "choose 'auto' or 'xla', or for tests 'fused_interpret', which runs it slowly anywhere"
+        )
+
+
+def check(
+    requested: Implementation,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    other_scores: str | None = None,
+) -> None:
+    """Checks that an implementation computes what a layer of attention needs.
+
+    Args:
+      requested: as in `choose`.
+      head_dim: width d of a head.
+      dtype: dtype of the computation.
+      other_scores: what the layer does to scores beside a gain and a bias that are the same for
+        all images, in words; None for nothing.
+
+    Raises:
+      InputError: it does not.
+    """
+    if requested not in _KERNELS:
+        return
+    if other_scores is not None:
+        raise InputError(
+            f"attention is {requested!r}, a kernel that does not know {other_scores}; "
+            "choose 'auto' or 'xla'"
+        )
+    if requested != "local" and not fused.supports(head_dim, dtype):
+        widths, dtypes = fused.HEAD_DIMS, " or ".join(fused.DTYPES)
+        raise InputError(
+            f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "
+            f"kernel knows widths of {widths[0]} to {widths[-1]} in {dtypes}: choose 'auto' or "
+            "'xla'"
+        )

@@ -1,0 +1,268 @@
+"""The fused kernel, in Pallas' interpret mode, against the readable attention and its gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend import core
+
+from spvit_jax import plan
+from spvit_jax.kernels import plan as plans
+from spvit_jax.kernels.fused import fused_attention, supports
+from spvit_jax.models import list_models, model_config
+from spvit_jax.models.attention import Attention, attention
+from spvit_jax.models.naming import named_leaves
+from spvit_jax.models.spatial import LocalityMask
+from spvit_jax.training import sharding
+from tests.helpers.configs import digits
+from tests.helpers.tpu_compiler import DIGITS, one_chip
+from tests.helpers.variables import random_variables
+
+SOFT, HARD = LocalityMask((0,), (1, 1), "soft"), LocalityMask((0, 1), (1, 2), "hard")
+
+
+def module(heads, head_dim, implementation, **kind):
+    made = Attention(
+        heads * head_dim,
+        heads,
+        qkv_bias=True,
+        implementation=implementation,
+        rngs=nnx.Rngs(0),
+        **kind,
+    )
+    rng = np.random.default_rng(1)
+    scale = (heads * head_dim) ** -0.5  # scores about 1
+
+    def draw(x):
+        return jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32)
+
+    nnx.update(made, jax.tree.map(draw, nnx.state(made)))
+    return made
+
+
+def weighted_sum(x):
+    return (x * np.random.default_rng(3).normal(size=x.shape)).sum()
+
+
+def result_and_gradients(made, x, grid, num_prefix):
+    graphdef, state = nnx.split(made)
+
+    def value(state, x):
+        out = nnx.merge(graphdef, state)(x, grid, num_prefix)
+        return weighted_sum(out), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(state, x)
+    return {"out": out, "x": grads[1], **named_leaves(grads[0])}
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, leaf in expected.items():
+        scale = np.abs(leaf).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(actual[name], leaf, 0, tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_prefix", "heads", "head_dim", "kind"),
+    [
+        ((3, 5), 1, 4, 64, {}),
+        ((4, 4), 0, 3, 48, {"spatial_prior": True}),
+        ((5, 3), 2, 2, 32, {"mask": SOFT}),
+        ((5, 7), 1, 4, 60, {"mask": HARD}),
+        ((2, 9), 1, 3, 96, {"spatial_prior": True, "mask": SOFT}),
+        ((6, 3), 2, 4, 64, {"spatial_prior": True, "mask": HARD}),
+    ],
+    ids=["none", "prior", "soft", "hard", "prior and soft", "prior and hard"],
+)
+def test_the_kernel_is_the_attention_of_xla(monkeypatch, grid, num_prefix, heads, head_dim, kind):
+    """Gradients too: of the input, of the projections, and through G of the prior's parameters."""
+    monkeypatch.setattr(plans, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(plans, "_PROGRAM_TOKENS", 40)
+    rng = np.random.default_rng(0)
+    tokens = grid[0] * grid[1] + num_prefix
+    x = jnp.asarray(rng.normal(size=(6, tokens, heads * head_dim)), jnp.float32)
+    results = [
+        result_and_gradients(module(heads, head_dim, name, **kind), x, grid, num_prefix)
+        for name in ("fused_interpret", "xla")
+    ]
+    assert_close(*results, 1e-6)
+
+
+def interpreted(qkv, gain, bias):
+    return fused_attention(qkv, 4, gain, bias, interpret=True)
+
+
+def reference(qkv, gain, bias, heads):
+    q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
+    return attention(q, k, v, gain, bias).reshape(*qkv.shape[:2], -1)
+
+
+def factors(batch=8, tokens=19, heads=4, head_dim=32, dtype=jnp.float32):
+    rng = np.random.default_rng(2)
+    qkv = jnp.asarray(rng.normal(size=(batch, tokens, 3 * heads * head_dim)), dtype)
+    gain, bias = jnp.asarray(1 + rng.normal(size=(2, heads, tokens, tokens)), jnp.float32)
+    return qkv, gain, bias
+
+
+def gradients(function, arguments):
+    def value(*arguments):
+        out = function(*arguments)
+        return weighted_sum(out.astype(jnp.float32)), out
+
+    grads, out = jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))(*arguments)
+    return dict(zip(("out", "qkv", "gain", "bias"), (out, *grads), strict=True))
+
+
+EXPECTED = functools.cache(lambda: gradients(functools.partial(reference, heads=4), factors()))
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_gain_and_bias_have_gradients_of_any_value(monkeypatch, by_itself):
+    """With the heads of whole tiles in a program, or each by itself, as where memory is short."""
+    if by_itself:
+        monkeypatch.setattr(plans, "_LARGEST_VMEM_LIMIT", 0)
+    assert_close(gradients(interpreted, factors()), EXPECTED(), 1e-6)
+
+
+def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain():
+    mesh = sharding.make_mesh(2, 4)
+    made = module(2, 32, "fused_interpret", spatial_prior=True, mask=HARD)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16, 64)), jnp.float32)
+    graphdef, state = nnx.split(made)
+
+    def value(state, x):
+        return weighted_sum(nnx.merge(graphdef, state)(x, (4, 4), 0))
+
+    gradient = jax.value_and_grad(value, (0, 1))
+    split = jax.jit(sharding.on_mesh(mesh, gradient))
+    split = split.lower(state, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
+    (_, expected), (_, grads) = jax.jit(gradient)(state, x), split(state, x)
+    assert_close(named_leaves(grads), named_leaves(expected), 1e-6)
+    communicated = re.findall(r"= (.*?) all-reduce\(", split.as_text())
+    assert communicated
+    assert not any("[2,16,16]" in shape for shape in communicated)
+
+
+def test_bfloat16_is_as_exact_as_xlas():
+    qkv, gain, bias = factors(dtype=jnp.bfloat16)
+    exact = gradients(functools.partial(reference, heads=4), (qkv.astype("float32"), gain, bias))
+    xla = gradients(functools.partial(reference, heads=4), (qkv, gain, bias))
+    ours = gradients(interpreted, (qkv, gain, bias))
+    for name, leaf in exact.items():
+        assert ours[name].dtype == xla[name].dtype
+
+        def error(result, name=name, leaf=leaf):
+            return np.linalg.norm(np.asarray(result[name], np.float32) - leaf)
+
+        assert error(ours) < 1.1 * error(xla), name
+        assert error(ours) < 0.01 * np.linalg.norm(leaf), name
+
+
+def kernels(function, *arguments):
+    """Names of the kernels in a function's program, each with the number of its results."""
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                yield eqn.params["name"], len(eqn.outvars)
+            else:
+                for inner in core.jaxprs_in_params(eqn.params):
+                    yield from walk(inner)
+
+    return sorted(walk(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def test_masks_cost_no_gradient():
+    x = jnp.zeros((2, 9, 64))
+
+    def program(**kind):
+        made = module(2, 32, "fused_interpret", **kind)
+        graphdef, state = nnx.split(made)
+        return kernels(jax.grad(lambda s: nnx.merge(graphdef, s)(x, (3, 3)).sum()), state)
+
+    plain = [("fused_attention", 1), ("fused_attention_backward", 1)]
+    assert program() == program(mask=SOFT) == program(mask=HARD) == plain
+    assert program(spatial_prior=True, mask=HARD) == [plain[0], ("fused_attention_backward", 2)]
+
+
+@pytest.mark.parametrize("name", sorted({*list_models("*vit*"), *list_models("[dm]*")}))
+def test_every_model_fits_a_chip_on_any_grid_up_to_32_by_32(name):
+    config = model_config(name)
+    heads, dim = config.num_heads, config.dim
+    qkv = jax.ShapeDtypeStruct((16, 1026, 3 * dim), jnp.float32)
+    assert plans.Plan.of(qkv, heads, 2).fits
+    assert supports(dim // heads, jnp.float32)
+
+
+SMALL = {"image_size": 16, "patch_size": 4, "dim": 32, "num_heads": 2, "num_classes": 5}
+
+
+@functools.cache
+def model_gradients(**execution):
+    variables = random_variables(
+        "spvit_s", **SMALL, depth=3, spatial_layers=2, stem_width=0, drop_path=0.0, **execution
+    )
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+
+    def loss(params):
+        outputs = variables.replace(params=params).model(train=True).outputs(images)
+        return sum(jnp.square(x).mean() for x in jax.tree.leaves(outputs))
+
+    return kernels(jax.grad(loss), variables.params), named_leaves(
+        jax.jit(jax.grad(loss))(variables.params)
+    )
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_loops_and_remat_change_no_gradient(remat):
+    _, expected = model_gradients(attention="xla")
+    names, looped = model_gradients(attention="fused_interpret", scan=True, remat=remat)
+    # A loop of each kind of layer; it keeps the kernel's result unless it is to recompute all.
+    assert [name for name, _ in names].count("fused_attention") == (4 if remat else 2)
+    assert_close(looped, expected, 3e-5)
+
+
+def test_some_steps_of_digits_are_xlas():
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 12, 12, 3)).astype(np.uint8),
+        "label": rng.integers(0, 10, 16).astype(np.int32),
+        "index": np.arange(16, dtype=np.int32),
+    }
+
+    def train(name):
+        changes = {
+            "model.attention": name,
+            "model.depth": 2,
+            "model.spatial_layers": 1,
+            "model.stem_width": 0,
+        }
+        changes |= {"data.batch_size": 16, "schedule.warmup": "1 steps"}
+        run = plan.training_run(digits("spvit"), DIGITS, changes)
+        state = run.create()
+        for _ in range(4):
+            state = run.train_step(state, sharding.put_batch(batch, run.mesh), run.root, None)
+        return named_leaves(state.model.params)
+
+    assert_close(train("fused_interpret"), train("xla"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("topology", "tokens", "dtype"), [("v5e:1x1", 577, "bfloat16"), ("v6e:1x1", 197, "float32")]
+)
+@pytest.mark.parametrize("head_dim", [64])
+def test_it_compiles_for_tpus(topology, tokens, dtype, head_dim):
+    chip = one_chip(topology)
+    qkv = jax.ShapeDtypeStruct((1, tokens, 3 * 2 * head_dim), dtype, sharding=chip)
+    factor = jax.ShapeDtypeStruct((2, tokens, tokens), jnp.float32, sharding=chip)
+
+    def value(qkv, gain, bias):
+        return fused_attention(qkv, 2, gain, bias).astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.value_and_grad(value, (0, 1, 2))).lower(qkv, factor, factor).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 2
