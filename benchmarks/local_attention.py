@@ -21,12 +21,15 @@ from flax import nnx
 
 from spvit_jax.models.attention import Attention
 from spvit_jax.models.complexity import macs_of
+from spvit_jax.models.implementation import Implementation
 from spvit_jax.models.spatial import Grid, LocalityMask
 
 _DIM, _HEADS = 96, 3  # of the first stage of Swin-T, whose grid is 56×56 at 224 pixels
 
 
-def layer(grid: Grid, implementation: str) -> tuple[Callable[..., jax.Array], nnx.State, jax.Array]:
+def layer(
+    grid: Grid, implementation: Implementation
+) -> tuple[Callable[..., jax.Array], nnx.State, jax.Array]:
     """Returns attention of masked heads as a function of its parameters and tokens, and both."""
     module = Attention(
         _DIM,
@@ -53,7 +56,7 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure(grid: Grid, implementation: str, rounds: int) -> dict[str, float]:
+def measure(grid: Grid, implementation: Implementation, rounds: int) -> dict[str, float]:
     """Returns the times and the multiply-adds per token of a layer on a grid."""
     function, params, x = layer(grid, implementation)
     forward = jax.jit(function)
@@ -72,7 +75,8 @@ def main(argv: list[str]) -> None:
     print(f"{_HEADS} masked heads of {_DIM // _HEADS} channels, {jax.devices()[0].device_kind}")
     print("µs per token forward and with backward, MACs per token; of each: local, xla")
     for side in (14, 28, 56):
-        rows = {name: measure((side, side), name, flags.FLAGS.rounds) for name in ("local", "xla")}
+        kinds: tuple[Implementation, ...] = ("local", "xla")
+        rows = {name: measure((side, side), name, flags.FLAGS.rounds) for name in kinds}
         tokens = (1 + side * side) * (56 * 56 // side**2)
         cells = [
             f"{rows[name][what] * (1 if what == 'macs' else 1e6 / tokens):10.1f}"

@@ -35,7 +35,7 @@ def ours(name: str, pixels: int, batch: int, *, train: bool) -> Callable[[], obj
     images = jnp.ones((batch, pixels, pixels, 3))
 
     def logits(params: nnx.State, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(images)
+        return nnx.merge(graphdef, params).outputs(images).logits
 
     def loss(params: nnx.State, images: jax.Array) -> jax.Array:
         return jnp.sum(logits(params, images) ** 2)
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.pyramid`: prints a row for each size, resolution and direction."""
     del argv
     logging.set_verbosity(logging.ERROR)  # or JAX says which accelerators it did not find
+    torch.set_num_threads(1)  # threads that wait would count as busy
     args = flags.FLAGS
     print("images per second of CPU time: MaiT, Swin, timm's Swin; MaiT over each of the two")
     for size in args.sizes:
