@@ -33,7 +33,7 @@ from sklearn.datasets import load_sample_images
 
 from spvit_jax.data import pipeline
 from spvit_jax.data.augmentation import Augmentation, RandAugment
-from spvit_jax.data.crops import TrainImage, TrainTransform
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.folders import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config
@@ -103,10 +103,13 @@ class Stage(TrainTransform):
 
     process: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = read
 
-    def with_geometry(self, encoded: tf.Tensor, seed: tf.Tensor) -> TrainImage:
+    def prepare(self, encoded: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns a single number for the image, so that batching takes no time."""
-        first = tf.reduce_sum(tf.cast(self.process(encoded, seed)[:1, :1], tf.int32))
-        return TrainImage(first, tf.zeros([4]), tf.constant(False), tf.eye(3))
+        return {"image": tf.reduce_sum(tf.cast(self.process(encoded, seed)[:1, :1], tf.int32))}
+
+    def finish(self, group: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Returns a group as it is."""
+        return group
 
 
 def timm_batches(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[object]:
