@@ -130,7 +130,7 @@ class TrainTransform:
         rest = dict(group)
         names = ("pixels", "shape", "bicubic", "operations")
         inputs = [rest.pop(name) for name in names]
-        # One call for several images: each holds the GIL for about a tenth of a millisecond.
+        # One call for several images: TensorFlow's own part of each is done under the GIL.
         image, move = tf.numpy_function(
             self._resize_and_augment, [*inputs, group["flip"]], (tf.uint8, tf.float32), False
         )

@@ -32,7 +32,7 @@ _UNREADABLE = (
     RuntimeError,
 )  # raised by sources; RuntimeError is ArrayRecord's
 _as_is = tf.autograph.experimental.do_not_convert  # for functions without Python control flow
-_GROUP = 8  # images that are resized and augmented by one call of Python
+_GROUP = 32  # images that are resized and augmented by one call of Python
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
 
