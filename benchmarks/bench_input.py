@@ -4,31 +4,36 @@
 
 Makes JPEGs of ImageNet's usual size of scikit-learn's two photographs, and prints the images that
 one core makes ready in a second of its time, at each stage of DeiT's recipe: by this project's host
-side, which sends uint8 and leaves the rest of the recipe to the accelerator, and by timm's loader
-with Pillow, which does all of it. The pipelines alternate on one core, and medians are printed;
-then the time of each stage, and the number of cores that a chip needs. Needs what the tests need
-(`requirements-test.txt`).
+side, which sends uint8 and leaves erasing and mixing to the accelerator, and by timm's loader with
+Pillow, which does all of it. The pipelines alternate on one core, and medians are printed; then the
+time of each stage, the number of cores that a chip needs, and the time per image in which Python's
+lock (GIL) is held, which bounds what one process can do on any number of cores. Needs what the
+tests need (`requirements-test.txt`), and Python 3.11 for the last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numba
 import numpy as np
 from absl import app
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from spvit_jax.data import pipeline
-from spvit_jax.data.crops import TrainTransform
+from spvit_jax.data.augmentation import Augmentation, RandAugment
+from spvit_jax.data.crops import TrainImage, TrainTransform
 from spvit_jax.data.folders import FolderSource
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.models import model_config
@@ -37,10 +42,12 @@ from tests.helpers.timm_reference import timm
 
 FILES = 256
 BATCH = 64
-WARM_UP, BATCHES = 3, 8  # batches before and in each measurement
+WARM_UP, BATCHES = 3, 6  # batches before and in each measurement
+GIL_BATCHES = 24
 ROUNDS = 5
 SIZE = 224
 POLICY = "rand-m9-mstd0.5-inc1"
+FILL = (124, 116, 104)
 CHIP_FLOPS, UTILISATION = 197e12, 0.4  # of a TPU v5e in bfloat16 (cloud.google.com/tpu/docs/v5e)
 
 
@@ -96,12 +103,10 @@ class Stage(TrainTransform):
 
     process: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = read
 
-    def with_box(
-        self, encoded: tf.Tensor, seed: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def with_geometry(self, encoded: tf.Tensor, seed: tf.Tensor) -> TrainImage:
         """Returns a single number for the image, so that batching takes no time."""
-        result = self.process(encoded, seed)
-        return tf.reduce_sum(tf.cast(result[:1, :1], tf.int32)), tf.zeros([4]), tf.constant(False)
+        first = tf.reduce_sum(tf.cast(self.process(encoded, seed)[:1, :1], tf.int32))
+        return TrainImage(first, tf.zeros([4]), tf.constant(False), tf.eye(3))
 
 
 def timm_batches(root: pathlib.Path, *, policy: str | None, whole: bool) -> Iterator[object]:
@@ -146,11 +151,73 @@ def rate(open_batches: Callable[[], Iterator[object]], clock: Callable[[], float
         return BATCHES * BATCH / (clock() - start)
 
 
+def gil_microseconds(open_batches: Callable[[], Iterator[object]]) -> float:
+    """Returns the time per image in which some thread holds the GIL, in microseconds.
+
+    A thread without the GIL looks every tenth of a millisecond whether a thread has it. That
+    includes the time in which its holder waits for a core.
+
+    Raises:
+      RuntimeError: it cannot be seen whether the GIL is held.
+    """
+    if (busy := _gil_share(_spin)) < 0.9 or (idle := _gil_share(lambda: time.sleep(0.2))) > 0.1:
+        raise RuntimeError("cannot see whether the GIL is held; Python 3.11 shows it")
+    del busy, idle
+    with contextlib.closing(open_batches()) as batches:  # type: ignore[type-var]
+        for _ in range(WARM_UP):
+            next(batches)
+        start = time.monotonic()
+        share = _gil_share(lambda: [next(batches) for _ in range(GIL_BATCHES)])
+        return 1e6 * share * (time.monotonic() - start) / (GIL_BATCHES * BATCH)
+
+
+def _spin() -> None:
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        pass
+
+
+def _gil_share(function: Callable[[], object]) -> float:
+    """Returns the share of a call's time in which some thread holds the GIL."""
+    stop, counts = np.zeros(1, np.int64), np.zeros(2, np.int64)
+    _count_held(np.ones(1, np.int64), counts)  # compiles
+    counts[:] = 0
+    sampler = threading.Thread(target=_count_held, args=(stop, counts))
+    sampler.start()
+    function()
+    stop[0] = 1
+    sampler.join()
+    held, total = counts.tolist()
+    return held / total
+
+
+_sleep = ctypes.CDLL(None).usleep
+_sleep.argtypes = [ctypes.c_uint]
+# The state of the thread that holds the GIL, or null. Called without the GIL, which ctypes' own
+# calling convention for Python's functions would take.
+_holder = ctypes.CFUNCTYPE(ctypes.c_size_t)(
+    ctypes.cast(ctypes.pythonapi._PyThreadState_UncheckedGet, ctypes.c_void_p).value or 0
+)
+
+
+@numba.njit(nogil=True)
+def _count_held(stop: np.ndarray, counts: np.ndarray) -> None:
+    """Adds to `counts` the samples in which the GIL is held, and all, until stop[0] is not 0."""
+    while True:
+        counts[0] += _holder() != 0
+        counts[1] += 1
+        if stop[0]:
+            return
+        _sleep(100)
+
+
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.bench_input`: measures all pipelines and prints the medians."""
     del argv
     cores = os.sched_getaffinity(0)
     transform = TrainTransform((SIZE, SIZE), interpolation="random")
+    augmentation = Augmentation(rand_augment=RandAugment.parse(POLICY), fill=FILL)
+    augmented = dataclasses.replace(transform, augmentation=augmentation)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         make_files(root)
@@ -159,6 +226,7 @@ def main(argv: list[str]) -> None:
             "decode": lambda: our_batches(root, Stage((SIZE, SIZE), process=decode)),
             "decode the crop": lambda: our_batches(root, Stage((SIZE, SIZE), process=decode_crop)),
             "crop": lambda: our_batches(root, transform),
+            "augment": lambda: our_batches(root, augmented),
             "timm: decode": lambda: pillow_images(root),
             "timm: crop": lambda: timm_batches(root, policy=None, whole=False),
             "timm: randaugment": lambda: timm_batches(root, policy=POLICY, whole=False),
@@ -171,30 +239,33 @@ def main(argv: list[str]) -> None:
                 rates[name].append(rate(open_batches, time.process_time))
         per_core = {name: statistics.median(values) for name, values in rates.items()}
         os.sched_setaffinity(0, cores)
-        all_cores = rate(lambda: our_batches(root, transform, len(cores)), time.monotonic)
+        all_cores = rate(lambda: our_batches(root, augmented, len(cores)), time.monotonic)
+        gil = gil_microseconds(lambda: our_batches(root, augmented, len(cores)))
 
     print(f"images/s of one core's time, medians of {ROUNDS} rounds; timm {timm.__version__}")
     print(f"{'':32}{'ours':>8}{'timm':>8}{'ratio':>8}")
-    host = per_core["crop"]
+    host = per_core["augment"]
     for name, ours, timms in (
         ("decode", per_core["decode"], per_core["timm: decode"]),
-        ("crop, resize, flip", host, per_core["timm: crop"]),
-        ("and RandAugment *", host, per_core["timm: randaugment"]),
+        ("crop, resize, flip", per_core["crop"], per_core["timm: crop"]),
+        ("and RandAugment", host, per_core["timm: randaugment"]),
         ("the whole recipe *", host, per_core["timm: whole"]),
     ):
         print(f"{name:32}{ours:8.0f}{timms:8.0f}{ours / timms:8.2f}")
-    print("* ours on the accelerator, in the step")
+    print("* erasing and mixing: ours on the accelerator, in the step")
     print(f"ours on {len(cores)} cores at once: {all_cores:.0f} images/s of the clock")
 
     milliseconds = {name: 1000 / value for name, value in per_core.items()}
-    resize = milliseconds["crop"] - milliseconds["decode the crop"]
+    stages = ("read", "decode the crop", "crop", "augment")
+    names = ("read and batch", "draw a box, decode the crop", "resize and flip", "RandAugment")
     print("where the time of our host side goes, milliseconds per image")
-    print(f"  {'read and batch':30}{milliseconds['read']:8.2f}")
+    before = 0.0
+    for stage, name in zip(stages, names, strict=True):
+        print(f"  {name:30}{milliseconds[stage] - before:8.2f}")
+        before = milliseconds[stage]
     print(
-        f"  {'draw a box, decode the crop':30}"
-        f"{milliseconds['decode the crop'] - milliseconds['read']:8.2f}"
+        f"the GIL is held for {gil:.0f} µs per image: one process makes at most {1e6 / gil:.0f}/s"
     )
-    print(f"  {'resize and flip':30}{resize:8.2f}")
 
     macs = count_macs(model_config("spvit_s"))
     needed = CHIP_FLOPS * UTILISATION / (3 * 2 * macs)

@@ -40,6 +40,7 @@ _DURATIONS = (
 )
 # Fields that may change between the start of a run and its continuation in the same workdir.
 _CHANGEABLE = (
+    "compilation_cache",
     "mesh",
     "data.data_dir",
     "data.threads",
@@ -60,6 +61,10 @@ def base() -> ConfigDict:
     config.seed = 0  # random seed of the weights, the order of the data and everything else
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
+
+    # Folder of compiled programs, or "off"; None: JAX_COMPILATION_CACHE_DIR, else in the workdir,
+    # or in ~/.cache for commands without one.
+    config.compilation_cache = placeholder(str)
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()

@@ -119,6 +119,8 @@ class Weights:
     def _differences(self, model: ModelConfig) -> list[str]:
         """Lists the fields by which a model computes something else than the trained one."""
         trained, asked = self.config.to_dict(), model.to_dict()
+        if self.config.masked_per_layer() == model.masked_per_layer():
+            del trained["masked_heads"]  # the same, in whatever words
         return [
             f"{field} {trained[field]}, and {asked[field]} is asked for"
             for field in _NOT_IN_WEIGHTS

@@ -13,6 +13,7 @@ import pytest
 
 from spvit_jax import config as config_lib
 from spvit_jax.augment import mix
+from spvit_jax.data.crops import TrainTransform
 from spvit_jax.errors import InputError
 from spvit_jax.models import FAMILIES, list_models
 from spvit_jax.models.complexity import count_parameters
@@ -179,7 +180,9 @@ def test_every_recipe_resolves_to_what_can_be_trained(name, arg):
     assert config.model.name.startswith(f"{name}_{arg.partition(',')[0]}")
     assert model.image_shape == ((384, 384) if "384" in arg else (224, 224))
     transform = StepSettings.of(config, num_classes=1000).transform
-    assert transform.rand_augment.std == 0.5
+    augmentation = TrainTransform.of(config, model.image_shape).augmentation
+    assert augmentation.rand_augment.std == 0.5
+    assert augmentation.fill == (124, 116, 104)
     mix.check_group_size(config)
     assert transform.mix_group_size == config.augment.mix_group_size
     optimizer.make_optimizer(config)

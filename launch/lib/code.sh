@@ -26,12 +26,12 @@ pack_code() {
 # the same code again, whatever has been committed since.
 send_code() {
   local version=${CODE_VERSION:-$(<"$LOGS/code.version")}
-  find_node "READY,HEALTHY,1"
+  find_node "READY,HEALTHY,1,"
   expect_workers
   say "sending commit $version to $WORKERS workers"
-  call_again '' compute tpus tpu-vm scp "$LOGS/code.tar.gz" "$NAME:spvit_jax.tar.gz" \
-    "--project=$PROJECT" "--zone=$ZONE" --worker=all || die 1 "there is no TPU VM $NAME: $REASON"
-  worker_command install ${BUCKET:+"$BUCKET"}
+  on_pod scp "$LOGS/code.tar.gz" "$NAME:spvit_jax.tar.gz" --worker=all
+  call_again '' "${CALL[@]}" || die 1 "there is no TPU VM $NAME: $REASON"
+  worker_command install "bucket=$BUCKET" "data=$DATA_BUCKET"
   local unpack='rm -rf spvit_jax.new && mkdir spvit_jax.new'
   unpack+=' && tar -xzf spvit_jax.tar.gz -C spvit_jax.new --strip-components=1'
   unpack+=' && rm -rf spvit_jax && mv spvit_jax.new spvit_jax'

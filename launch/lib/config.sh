@@ -2,10 +2,11 @@
 # not executed, and every value is checked before the first call to gcloud.
 # shellcheck shell=bash disable=SC2034  # the other files use what is set here
 
-PROJECT='' ZONE='' NAME='' ACCELERATOR='' RUNTIME_VERSION='' PROVISIONING='spot' BUCKET=''
-SERVICE_ACCOUNT='' NETWORK='' SUBNETWORK=''
-SETTINGS='PROJECT ZONE NAME ACCELERATOR RUNTIME_VERSION PROVISIONING BUCKET SERVICE_ACCOUNT NETWORK
-SUBNETWORK'
+PROJECT='' ZONE='' NAME='' ACCELERATOR='' RUNTIME_VERSION='' PROVISIONING='spot' RESERVATION=''
+MAX_RUN_DURATION='' PRICE_PER_CHIP_HOUR='' BUCKET='' DATA_BUCKET='' SERVICE_ACCOUNT='' NETWORK=''
+SUBNETWORK='' INTERNAL_IPS='' IAP=''
+SETTINGS='PROJECT ZONE NAME ACCELERATOR RUNTIME_VERSION PROVISIONING RESERVATION MAX_RUN_DURATION
+PRICE_PER_CHIP_HOUR BUCKET DATA_BUCKET SERVICE_ACCOUNT NETWORK SUBNETWORK INTERNAL_IPS IAP'
 
 # Seconds, except RETRIES and TRIES.
 RETRIES=${TPU_POD_RETRIES:-10}                 # of a gcloud call that failed for a passing reason
@@ -19,16 +20,19 @@ STOP_TIMEOUT=${TPU_POD_STOP_TIMEOUT:-600}      # for the workers to save after `
 DELETE_TIMEOUT=${TPU_POD_DELETE_TIMEOUT:-1800} # for the resources to be gone after `delete`
 
 say() {
-  if [[ -z $DRY_RUN ]]; then echo "$(date '+%Y-%m-%d %H:%M:%S') $NAME: $*" >&2; fi
+  if [[ -z $DRY_RUN ]]; then indented "$(date '+%Y-%m-%d %H:%M:%S') $NAME: $*" >&2; fi
 }
 
-# die CODE MESSAGE: ends with one line. Codes: 1 failure, 2 wrong input, 75 ended before it was done.
+# die CODE MESSAGE: ends the program. Codes: 1 failure, 2 wrong input, 75 ended before it was done.
 die() {
   local code=$1
   shift
-  echo "error: $*" >&2
+  indented "error: $*" >&2
   exit "$code"
 }
+
+# A message of one line as it is; the further lines of a longer one, as of gcloud, set off from it.
+indented() { echo "${1//$'\n'/$'\n    '}"; }
 
 # read_settings FILE: sets the variables that are named in SETTINGS.
 read_settings() {
@@ -68,36 +72,32 @@ check_settings() {
   check ACCELERATOR 'v(4|5e|5p|6e):[1-9][0-9]*(x[1-9][0-9]*){1,2}|v[0-9]+(e|p|litepod)?-[1-9][0-9]*' \
     'a topology such as v5e:16x16, or a type such as v5litepod-256'
   check RUNTIME_VERSION '([a-z0-9][a-z0-9._-]*)?' 'the name of a TPU image, or nothing'
-  check PROVISIONING 'spot|on-demand|reserved' 'spot, on-demand or reserved'
+  check_provisioning
+  check PRICE_PER_CHIP_HOUR '([0-9]+([.][0-9]+)?)?' 'US dollars such as 1.20, or nothing'
   check BUCKET '([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])?' "a bucket's name without gs://, or nothing"
+  check DATA_BUCKET '([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])?' \
+    "a bucket's name without gs://, or nothing"
   check SERVICE_ACCOUNT '([a-zA-Z0-9-]+@[a-z0-9.-]+)?' "a service account's address, or nothing"
   check NETWORK '([a-z0-9/._-]+)?' "a network's name, or nothing"
   check SUBNETWORK '([a-z0-9/._-]+)?' "a subnetwork's name, or nothing"
+  check INTERNAL_IPS '(yes)?' 'yes or nothing'
+  check IAP '(yes)?' 'yes or nothing'
   accelerator_type
   default_runtime
 }
 
-# Sets TYPE, gcloud's name of the accelerator: of v4 and v5p it counts cores, of v5e and v6e chips.
-accelerator_type() {
-  if [[ $ACCELERATOR != *:* ]]; then
-    TYPE=$ACCELERATOR
-    return
+# What belongs to one way of provisioning is refused with another, where it would be ignored.
+check_provisioning() {
+  check PROVISIONING 'spot|on-demand|reserved|flex-start' 'spot, on-demand, reserved or flex-start'
+  check RESERVATION '([a-z0-9/._-]+)?' "a reservation's name, or nothing"
+  check MAX_RUN_DURATION '([1-9][0-9]*[smhd])?' 'a duration such as 12h or 7d, or nothing'
+  if [[ -n $RESERVATION && $PROVISIONING != reserved ]]; then
+    die 2 "RESERVATION is '$RESERVATION' and PROVISIONING is '$PROVISIONING'; expected reserved"
   fi
-  local chip=${ACCELERATOR%%:*} shape=${ACCELERATOR#*:}
-  local chips=$((${shape//x/*}))
-  case $chip in
-    v5e) TYPE=v5litepod-$chips ;;
-    v6e) TYPE=v6e-$chips ;;
-    *) TYPE=$chip-$((2 * chips)) ;;
-  esac
-}
-
-default_runtime() {
-  if [[ -n $RUNTIME_VERSION ]]; then return; fi
-  case $TYPE in
-    v5litepod-*) RUNTIME_VERSION=v2-alpha-tpuv5-lite ;;
-    v5p-*) RUNTIME_VERSION=v2-alpha-tpuv5 ;;
-    v6e-*) RUNTIME_VERSION=v2-alpha-tpuv6e ;;
-    *) RUNTIME_VERSION=tpu-ubuntu2204-base ;;
-  esac
+  if [[ $PROVISIONING == flex-start && -z $MAX_RUN_DURATION ]]; then
+    die 2 "PROVISIONING is 'flex-start' without MAX_RUN_DURATION; set it, to at most 7d"
+  fi
+  if [[ -n $MAX_RUN_DURATION && $PROVISIONING != flex-start ]]; then
+    die 2 "MAX_RUN_DURATION is '$MAX_RUN_DURATION' and PROVISIONING is '$PROVISIONING'; it goes with flex-start"
+  fi
 }

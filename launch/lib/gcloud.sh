@@ -4,7 +4,7 @@
 
 # What `call` leaves behind.
 ANSWER='' # its standard output
-REASON='' # why it failed, in one line
+REASON='' # why it failed, all of what gcloud says of it
 
 # How a call can fail.
 FAIL_FOR_NOW=1 # it may work next time
@@ -30,7 +30,7 @@ call() {
   if ((code == 0)); then return 0; fi
   REASON=$(reason_in "$TEMPORARY/reason")
   code=0
-  kind_of_failure "$TEMPORARY/reason" || code=$?
+  kind_of_failure "$@" || code=$?
   return "$code"
 }
 
@@ -55,25 +55,42 @@ in_quotes() {
   echo "'$done$rest'"
 }
 
-# The line of gcloud's messages that says what was wrong.
+# What gcloud's messages say was wrong: all lines from the first error on, since a refusal is often
+# explained in those that follow; without one, the last lines.
 reason_in() {
-  local line
-  line=$(grep -E '^ERROR' "$1" | tail -n 1 || true)
-  if [[ -z $line ]]; then line=$(tail -n 1 "$1"); fi
-  echo "${line:-gcloud said nothing}"
+  local lines
+  lines=$(sed -n '/^ERROR/,$p' "$1")
+  if [[ -z $lines ]]; then lines=$(tail -n 5 "$1"); fi
+  echo "${lines:-gcloud said nothing}"
 }
 
-# Kinds are told apart by gcloud's messages, as its exit code is 1 for nearly everything. A rate
-# limit speaks of a quota, too, but passes. What is not known may pass: retries are limited.
+# kind_of_failure CALL…: by REASON, as gcloud's exit code is 1 for nearly everything. A rate limit
+# speaks of a quota, too, but passes. What is not known may pass: retries are limited.
 kind_of_failure() {
-  if grep -qE 'NOT_FOUND|was not found' "$1"; then return "$FAIL_ABSENT"; fi
-  if grep -qE 'ALREADY_EXISTS|already exists' "$1"; then return "$FAIL_EXISTS"; fi
-  if grep -qiE 'per minute|rate ?limit|too many requests' "$1"; then return "$FAIL_FOR_NOW"; fi
+  local error
+  error=$(grep '^ERROR: (gcloud' <<<"$REASON" || true)
+  if is_absent "$error" "$@"; then return "$FAIL_ABSENT"; fi
+  if grep -qE 'ALREADY_EXISTS|already exists' <<<"$error"; then return "$FAIL_EXISTS"; fi
+  if grep -qiE 'per minute|rate ?limit|too many requests' <<<"$REASON"; then
+    return "$FAIL_FOR_NOW"
+  fi
   if grep -qE 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|RESOURCE_EXHAUSTED|SERVICE_DISABLED' \
-    "$1"; then return "$FAIL_FOR_GOOD"; fi
+    <<<"$REASON"; then return "$FAIL_FOR_GOOD"; fi
   if grep -qiE 'quota|does not have permission|active account|auth login|ssh-add|billing|has not been used|unrecognized arguments|invalid (choice|value)|argument --' \
-    "$1"; then return "$FAIL_FOR_GOOD"; fi
+    <<<"$REASON"; then return "$FAIL_FOR_GOOD"; fi
   return "$FAIL_FOR_NOW"
+}
+
+# is_absent ERROR CALL…: whether gcloud says that the pod itself is not there. Of ssh, much else can
+# be "not found" (a host's key, a command on the worker), and is no reason to think so.
+is_absent() {
+  local error=$1
+  shift
+  if grep -qE "/(nodes|queuedResources)/$NAME'? was not found" <<<"$error"; then return 0; fi
+  case " $* " in
+    *' ssh '* | *' scp '*) return 1 ;;
+    *) grep -q 'NOT_FOUND' <<<"$error" ;;
+  esac
 }
 
 # call_again ASSUMED ARGUMENTS…: as `call`, but a failure that may pass is retried with back-off.
@@ -96,8 +113,10 @@ call_again() {
 
 # Ends the program: nothing is gained by trying again, as the file tells who would.
 refused() {
+  local reason=$REASON
   touch "$TEMPORARY/refused"
-  die 1 "gcloud refused: $REASON"
+  if [[ -n $REQUESTING ]]; then look_at_presence; fi
+  die 1 "gcloud refused: $reason"
 }
 
 # back_off N: waits BACKOFF seconds after the first failure, then twice as long, up to two minutes.
@@ -106,13 +125,31 @@ back_off() {
   pause "$((seconds < 120 ? seconds : 120))"
 }
 
-pause() { if [[ -z $DRY_RUN ]]; then sleep "$1"; fi; }
+# In the background, so that a signal is heeded at once and not when the time is over.
+pause() {
+  if [[ -n $DRY_RUN ]]; then return; fi
+  sleep "$1" >/dev/null 2>&1 &
+  wait $! || true
+}
+
+# on_pod VERB ARGUMENTS…: sets CALL to a call of `gcloud compute tpus tpu-vm`, `ssh` or `scp`, by
+# the way on which the workers can be reached. A tunnel is known to gcloud's alpha commands alone.
+on_pod() {
+  local verb=$1
+  shift
+  CALL=(compute tpus tpu-vm "$verb" "$@" "--project=$PROJECT" "--zone=$ZONE")
+  if [[ -n $IAP ]]; then
+    CALL=(alpha "${CALL[@]}" --tunnel-through-iap)
+  elif [[ -n $INTERNAL_IPS ]]; then
+    CALL+=(--internal-ip)
+  fi
+}
 
 # ssh_all ASSUMED COMMAND: runs a command on all workers at the same time; as `call`. One worker
 # that fails makes it fail, and what the others wrote is in ANSWER all the same.
 ssh_all() {
-  call "$1" compute tpus tpu-vm ssh "$NAME" "--project=$PROJECT" "--zone=$ZONE" \
-    --worker=all "--command=$2"
+  on_pod ssh "$NAME" --worker=all "--command=$2"
+  call "$1" "${CALL[@]}"
 }
 
 # worker_command ARGUMENTS…: sets QUOTED to the command that calls worker.sh on a worker.

@@ -1,18 +1,21 @@
-# Sourced by tpu_pod.sh: one command on all workers, started together and followed until it is
-# complete. The workers run it by themselves: whoever follows it may go away and come back.
+# Sourced by tpu_pod.sh: one command on all workers, started together, and again as often as it
+# takes. The workers run it by themselves: whoever follows it may go away and come back.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154  # settings come from config.sh
 
 KEY=''     # of the command: two runs of the same command have the same
 ATTEMPT='' # names one start of the command, on the workers and as the folder of their logs
-OUTCOME='' # of an attempt: complete, wrong-input, differs, stopped, early, preempted, gone, failed
+# OUTCOME of an attempt: complete, wrong-input, differs, stopped, early, preempted, gone, failed,
+# unreachable.
+OUTCOME=''
 CAUSE=''
-
-# What the last look at the workers showed, by number; all empty where a worker did not answer.
-states=() codes=() sizes=() ids=() keys=() stops=() reports=()
+LOST=''   # why the pod has to be brought back, until it is
+BROKEN='' # whether it has to be deleted before
+STEP=''   # process of the step that `guarded` waits for
 
 # run_until_complete COMMAND…
 run_until_complete() {
   local failures=0 begun
+  refuse_to_lose_checkpoints "$@"
   quoted "$@"
   say "running: $QUOTED"
   KEY=$(cksum <<<"$QUOTED" | cut -d ' ' -f 1)
@@ -21,62 +24,118 @@ run_until_complete() {
     attempt "$@"
     case $OUTCOME in
       complete)
-        FOLLOWING=''
         say "complete; the workers' logs are in $LOGS/$ATTEMPT"
+        wind_up
         return
         ;;
-      wrong-input) finish 2 "wrong input: $CAUSE" ;;
-      differs) finish 2 "$CAUSE" ;;
+      wrong-input) give_up 2 "wrong input: $CAUSE" ;;
+      differs) give_up 2 "$CAUSE" ;;
       stopped) finish 75 "stopped as asked: $CAUSE; the same command goes on" ;;
-      gone)
-        if [[ -z $ATTEMPT ]]; then die 2 "there is no pod $NAME; create it first"; fi
-        finish 1 "the queued resource $NAME was deleted; the run ends"
-        ;;
+      gone) end_without_pod ;;
       preempted) ;; # the next attempt begins with getting it back
       early)
-        say "ended early, after saving ($CAUSE); starting it again"
+        say "ended early ($CAUSE); starting it again"
         pause "$POLL"
         ;;
-      failed)
+      failed | unreachable)
         if ((SECONDS - begun >= LONG_RUN)); then failures=0; fi
         failures=$((failures + 1))
-        if ((failures >= TRIES)); then finish 1 "failed $failures times; the last: $CAUSE"; fi
-        say "failed, try $failures of $TRIES: $CAUSE"
-        back_off "$failures"
+        try_again_or_give_up "$failures"
         ;;
     esac
   done
 }
 
+end_without_pod() {
+  if [[ -n $ATTEMPT ]]; then finish 1 "the queued resource $NAME was deleted; the run ends"; fi
+  warn_of_others
+  die 2 "there is no pod $NAME; create it first"
+}
+
+# try_again_or_give_up FAILURES: returns if there are tries left, after a pause.
+try_again_or_give_up() {
+  if (($1 >= TRIES)); then give_up 1 "failed $1 times; the last: $CAUSE"; fi
+  say "failed, try $1 of $TRIES: $CAUSE"
+  if [[ $OUTCOME == unreachable ]]; then
+    LOST="the pod is replaced" BROKEN=yes
+  else
+    back_off "$1"
+  fi
+}
+
+# The workers' disks go with the pod.
+refuse_to_lose_checkpoints() {
+  if [[ -n $DELETE_WHEN_DONE && -z $BUCKET && " $* " != *gs://* ]]; then
+    die 2 "--delete_when_done would delete what the run has saved; expected a BUCKET in $CONFIG," \
+      "or a workdir gs://…"
+  fi
+}
+
+# At the end of a run that nobody has to wait for: deletes the pod if that was asked for.
+wind_up() {
+  FOLLOWING=''
+  if [[ -n $DELETE_WHEN_DONE ]]; then delete_pod; fi
+}
+
+give_up() {
+  if [[ -n $DELETE_WHEN_DONE ]]; then say "giving up: $2"; fi
+  wind_up
+  finish "$@"
+}
+
+# finish CODE MESSAGE: ends the program; nothing runs on the workers.
 finish() {
   FOLLOWING=''
+  look_at_presence
   die "$@"
 }
 
 # attempt COMMAND…: gets the pod back if it is lost, starts the command, follows it; sets OUTCOME.
 attempt() {
   OUTCOME='' CAUSE=''
-  if ! pod_is_up; then
+  if [[ -z $LOST ]] && ! pod_is_up; then
     if [[ $OUTCOME == gone ]]; then return; fi
-    say "the pod was taken away ($CAUSE); getting it back"
-    if ! guarded obtain_pod || ! guarded send_code; then
-      OUTCOME=failed CAUSE="the pod could not be brought back"
-      return
-    fi
-    OUTCOME='' CAUSE=''
+    LOST="the pod was taken away ($CAUSE)"
+  fi
+  if [[ -n $LOST ]]; then
+    bring_back || return 0
     pod_is_up || return 0
   fi
+  expect_workers
   join_or_start "$@"
   if [[ -n $OUTCOME ]]; then return; fi
   FOLLOWING=yes
   follow
 }
 
-# Does a step that may end the program, and returns 1 instead, unless it is no use to try again.
+# Asks for the pod again and sends the code. Returns 1, with OUTCOME, if that did not come about;
+# the next attempt then goes on with it.
+bring_back() {
+  FOLLOWING=''
+  say "$LOST; getting it back"
+  if [[ -n $BROKEN ]] && ! guarded delete_pod; then
+    OUTCOME=failed CAUSE="the pod could not be deleted"
+    return 1
+  fi
+  BROKEN='' PRESENCE=asked
+  if ! guarded obtain_pod || ! guarded send_code; then
+    OUTCOME=failed CAUSE="the pod could not be brought back"
+    return 1
+  fi
+  OUTCOME='' CAUSE='' LOST=''
+}
+
+# Does a step that may end the program, and returns 1 instead, unless it is no use to try again. In
+# the background, so that a signal is heeded at once: in the queue the step may take days.
 guarded() {
-  if ("$@"); then return 0; fi
+  local code=0
+  (if "$@"; then exit 0; else exit 1; fi) &
+  STEP=$!
+  wait "$STEP" || code=$?
+  STEP=''
+  if ((code == 2)); then finish 2 "giving up"; fi
   if [[ -e $TEMPORARY/refused ]]; then finish 1 "giving up"; fi
-  return 1
+  return "$code"
 }
 
 # Returns 1, with OUTCOME and CAUSE, if the pod has been taken away or deleted.
@@ -86,18 +145,19 @@ pod_is_up() {
     OUTCOME=gone
     return 1
   fi
-  find_node "READY,HEALTHY,1"
+  find_node "READY,HEALTHY,1,"
   case $STATE,$NODE_STATE in
     ACTIVE,ABSENT | ACTIVE,PREEMPTED | ACTIVE,TERMINATED | ACTIVE,STOP* | ACTIVE,DELETING) ;;
     ACTIVE,*)
-      if ((WORKERS > 0)); then return 0; fi
+      if ((WORKERS > 0)); then
+        PRESENCE=on
+        return 0
+      fi
       ;;
   esac
   OUTCOME=preempted CAUSE="queued resource $STATE, TPU VM $NODE_STATE"
   return 1
 }
-
-# ── Starting ────────────────────────────────────────────────────────────────────────────────────
 
 # Follows the command if the pod already runs it, else starts it on all workers.
 join_or_start() {
@@ -136,215 +196,4 @@ new_attempt() { echo "$(date -u +%Y%m%d-%H%M%S)-$RANDOM"; }
 kill_workers() {
   worker_command kill
   ssh_all '' "$QUOTED" || say "not all workers could be reached to end what they run: $REASON"
-}
-
-# ── Following ───────────────────────────────────────────────────────────────────────────────────
-
-# Looks at all workers; as `call`. Workers to which no code has been sent do not answer.
-look() {
-  local mark number rest
-  worker_command status
-  local code=0
-  ssh_all "$1" "[ ! -e spvit_jax/launch/lib/worker.sh ] || $QUOTED" || code=$?
-  for ((number = 0; number < WORKERS; number++)); do
-    states[number]='' codes[number]='' sizes[number]=0 ids[number]='' keys[number]=''
-    stops[number]='' reports[number]=''
-  done
-  while read -r mark number rest; do
-    if [[ $mark != @worker || ! $number =~ ^[0-9]+$ ]] || ((number >= WORKERS)); then continue; fi
-    read -r "states[$number]" "codes[$number]" "sizes[$number]" "ids[$number]" "keys[$number]" \
-      "stops[$number]" "reports[$number]" <<<"$rest"
-  done <<<"$ANSWER"
-  return "$code"
-}
-
-# As `look`, until every worker answers. Returns 1, with OUTCOME, if that does not come about.
-look_patiently() {
-  local try code
-  for ((try = 1; ; try++)); do
-    code=0
-    look "$1" || code=$?
-    if ((code == 0)) && [[ -z $ANSWER ]]; then
-      die 2 "the workers of $NAME have no code; send it with: launch/tpu_pod.sh sync"
-    fi
-    if ((code == 0)) && [[ -z $(silent_workers) ]]; then return 0; fi
-    could_not_reach "$try" "$code" || return 1
-    back_off "$try"
-  done
-}
-
-# could_not_reach TRY CODE: returns 1, with OUTCOME, if the pod is gone or this was the last try.
-could_not_reach() {
-  if (($2 == FAIL_FOR_GOOD)); then refused; fi
-  pod_is_up || return 1
-  if (($1 > RETRIES)); then
-    OUTCOME=failed CAUSE="worker $(silent_workers) cannot be reached: ${REASON:-it does not answer}"
-    return 1
-  fi
-  say "worker $(silent_workers) did not answer: ${REASON:-no reason given}"
-}
-
-silent_workers() { workers_that has_no_state; }
-has_no_state() { [[ -z ${states[$1]} ]]; }
-runs_something() { [[ ${states[$1]} == running ]]; }
-is_part() { [[ ${ids[$1]} == "$ATTEMPT" ]]; }
-is_running() { runs_something "$1" && is_part "$1"; }
-has_ended() { [[ -n ${states[$1]} ]] && ! is_running "$1"; }
-has_not_reported() { is_running "$1" && [[ ${reports[$1]} == - ]]; }
-was_stopped() { [[ ${stops[$1]} == stopped ]]; }
-# Its exit code; one that vanished without is lost, as when its machine was started anew.
-code_of() { if [[ ${states[$1]} == exited ]]; then echo "${codes[$1]}"; else echo lost; fi; }
-has_code() { has_ended "$2" && [[ $(code_of "$2") == "$1" ]]; }
-
-# workers_that TEST…: the numbers of the workers for which the test holds, with commas between them.
-workers_that() {
-  local number numbers=''
-  for ((number = 0; number < WORKERS; number++)); do
-    if "$@" "$number"; then numbers+=", $number"; fi
-  done
-  echo "${numbers#, }"
-}
-
-# Follows the attempt until it has ended on all workers or must be ended; sets OUTCOME.
-follow() {
-  local report_by=$((SECONDS + REPORT_TIMEOUT)) end_by='' silent=0 reported='' code
-  while true; do
-    code=0
-    look "@worker 0 exited 0 0 $ATTEMPT $KEY - -" || code=$?
-    fetch_logs
-    if ((code != 0)) || [[ -n $(silent_workers) ]]; then
-      silent=$((silent + 1))
-      could_not_reach "$silent" "$code" || return 0
-    else
-      silent=0
-    fi
-    if [[ -n $(workers_that has_ended) ]]; then
-      if [[ -z $(workers_that is_running) && -z $(silent_workers) ]]; then
-        judge_end
-        return
-      fi
-      # Workers end within a minute of each other, unless one hangs.
-      if [[ -z $end_by ]]; then end_by=$((SECONDS + EXIT_GRACE)); fi
-      if ((SECONDS >= end_by)); then
-        say "worker $(workers_that is_running) still runs $EXIT_GRACE s after others ended; killing it"
-        kill_workers
-        judge_end
-        return
-      fi
-    elif [[ -z $reported ]]; then
-      if [[ -z $(workers_that has_not_reported) && -z $(silent_workers) ]]; then
-        reported=yes
-        check_cluster || return 0
-      elif ((SECONDS >= report_by)); then
-        OUTCOME=failed
-        CAUSE="worker $(workers_that has_not_reported) did not report the cluster in $REPORT_TIMEOUT s"
-        kill_workers
-        return
-      fi
-    fi
-    pause "$POLL"
-  done
-}
-
-# Compares what the workers report; returns 1, with OUTCOME and all of them ended, if they differ.
-check_cluster() {
-  local number process processes version here devices sum=0 seen=' '
-  local first=${reports[0]#*/}
-  for ((number = 0; number < WORKERS; number++)); do
-    IFS='/:' read -r process processes version here devices <<<"${reports[number]}"
-    sum=$((sum + here))
-    if [[ ${reports[number]#*/} != "$first" ]]; then
-      CAUSE="worker $number reports $(in_words "$number"), worker 0 $(in_words 0)"
-    elif ((processes != WORKERS)); then
-      CAUSE="worker $number reports a cluster of $processes processes, and there are $WORKERS workers"
-    elif [[ $seen == *" $process "* ]]; then
-      CAUSE="two workers report to be process $process"
-    fi
-    seen+="$process "
-  done
-  if [[ -z $CAUSE ]] && ((sum != devices)); then
-    CAUSE="the workers have $sum devices, and report a cluster of $devices"
-  fi
-  if [[ -z $CAUSE ]]; then
-    say "cluster of $WORKERS workers, $devices devices, code $version"
-    return 0
-  fi
-  OUTCOME=differs
-  CAUSE+="; bring all to the same code with: launch/tpu_pod.sh sync"
-  kill_workers
-  return 1
-}
-
-in_words() {
-  local process processes version here devices
-  IFS='/:' read -r process processes version here devices <<<"${reports[$1]}"
-  echo "code $version and $here of $devices devices"
-}
-
-# Sets OUTCOME from the exit codes: 0 complete, 2 wrong input, 75 saved, anything else failed.
-judge_end() {
-  local number failing=''
-  fetch_logs
-  CAUSE=''
-  for ((number = 0; number < WORKERS; number++)); do
-    CAUSE+=", worker $number $(if has_ended "$number"; then code_of "$number"; else echo killed; fi)"
-  done
-  CAUSE="exit codes: ${CAUSE#, }"
-  if [[ $(workers_that has_code 0) == "$(workers_that true)" ]]; then
-    OUTCOME=complete
-    return
-  fi
-  if [[ -n $(workers_that has_code 2) ]]; then
-    OUTCOME=wrong-input failing=$(workers_that has_code 2)
-  elif [[ -n $(workers_that was_stopped) ]]; then
-    OUTCOME=stopped
-    return
-  elif ! pod_is_up; then
-    return
-  elif [[ -n $(workers_that has_code 75) ]]; then
-    OUTCOME=early
-    return
-  else
-    OUTCOME=failed failing=$(workers_that has_failed)
-  fi
-  show_end_of_log "${failing%%,*}"
-}
-
-has_failed() { has_ended "$1" && [[ $(code_of "$1") != 0 ]]; }
-
-show_end_of_log() {
-  local log=$LOGS/$ATTEMPT/worker-${1:-0}.log
-  if [[ ! -s $log ]]; then return; fi
-  say "the end of $log:"
-  tail -n 5 "$log" | sed 's/^/    /' >&2
-}
-
-# ── Logs ────────────────────────────────────────────────────────────────────────────────────────
-
-# Copies what the workers have written since the last time, eight workers at a time, and shows what
-# worker 0 wrote: it is the one that reports.
-fetch_logs() {
-  local number size log count=0
-  if [[ -n $DRY_RUN ]]; then return; fi
-  mkdir -p "$LOGS/$ATTEMPT"
-  for ((number = 0; number < WORKERS; number++)); do
-    log=$LOGS/$ATTEMPT/worker-$number.log
-    touch "$log"
-    size=$(($(wc -c <"$log")))
-    if [[ ${ids[number]} != "$ATTEMPT" ]] || ((sizes[number] <= size)); then continue; fi
-    fetch_log "$number" "$size" "$log" &
-    count=$((count + 1))
-    if ((count % 8 == 0)); then wait; fi
-  done
-  wait
-}
-
-fetch_log() {
-  local number=$1 offset=$2 log=$3 new=$TEMPORARY/log-$1
-  worker_command log "$offset"
-  if gcloud compute tpus tpu-vm ssh "$NAME" "--project=$PROJECT" "--zone=$ZONE" \
-    "--worker=$number" "--command=$QUOTED" >"$new" 2>/dev/null </dev/null; then
-    cat "$new" >>"$log"
-    if ((number == 0)); then cat "$new"; fi
-  fi
 }

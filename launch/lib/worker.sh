@@ -2,7 +2,7 @@
 # Runs on a worker of the pod, called there by tpu_pod.sh: installs what the code needs, and starts,
 # watches and stops one command. Needs bash 5 and what Google's TPU images bring.
 #
-#     worker.sh install [BUCKET]            worker.sh stop
+#     worker.sh install bucket=B data=D     worker.sh stop
 #     worker.sh start ID KEY COMMAND…       worker.sh kill
 #     worker.sh status                      worker.sh log OFFSET
 #
@@ -13,7 +13,7 @@ set -euo pipefail
 CODE=$HOME/spvit_jax
 ENVIRONMENT=$HOME/spvit_jax_environment
 RUN=$HOME/spvit_jax_run # of the last command: id, key, pid, boot, log, exit; "stopped" if asked to
-BUCKET_FOLDER=${SPVIT_BUCKET_FOLDER:-/bucket}
+MOUNTS=${SPVIT_MOUNTS:-/} # where the folders of the buckets are
 
 answer() { echo "@worker $(number) $*"; }
 
@@ -23,18 +23,22 @@ number() {
   [[ -s $HOME/.spvit_jax_worker ]] ||
     curl --silent --fail --retry 5 --header 'Metadata-Flavor: Google' "$url/agent-worker-number" \
       >"$HOME/.spvit_jax_worker"
-  cat "$HOME/.spvit_jax_worker"
+  echo "$(<"$HOME/.spvit_jax_worker")"
 }
 
-boot() { cat /proc/sys/kernel/random/boot_id; }
+boot() { echo "$(</proc/sys/kernel/random/boot_id)"; }
 
 # ── Installing ──────────────────────────────────────────────────────────────────────────────────
 
-# Makes the environment anew if the requirements have changed, and mounts the bucket.
+# install FOLDER=BUCKET…: makes the environment anew if the requirements have changed, and mounts
+# the buckets.
 install() {
   mkdir -p "$RUN"
-  echo "${1:-}" >"$RUN/bucket"
-  mount_bucket
+  printf '%s\n' "$@" >"$RUN/buckets"
+  if ! mount_buckets; then
+    answer "failed to mount a bucket: $(tail -n 1 "$HOME/spvit_jax_install.log")"
+    return
+  fi
   local stamp
   stamp=$ENVIRONMENT/installed-$(cat "$CODE"/requirements*.txt | sha256sum | cut -c1-16)
   if [[ ! -e $stamp ]]; then
@@ -62,19 +66,36 @@ make_environment() {
   "$ENVIRONMENT/bin/python" -m pip install --quiet -r "$CODE/requirements-tpu.txt"
 }
 
-# Shows the bucket as a folder. Nothing about files is cached: workers see at once what another
-# wrote, as checkpoints by several processes need.
+# Shows each bucket as a folder. Nothing about the files of checkpoints is cached: workers see at once
+# what another wrote. Data do not change, and are read more than once.
+mount_buckets() {
+  local folder bucket options
+  while IFS='=' read -r folder bucket; do
+    case $folder in
+      data) options=(-o ro --metadata-cache-ttl-secs=-1) ;;
+      *) options=(--rename-dir-limit=200000 --metadata-cache-ttl-secs=0) ;;
+    esac
+    if [[ -z $bucket ]]; then continue; fi
+    mount_bucket "$bucket" "${MOUNTS%/}/$folder" "${options[@]}" || return 1
+  done <"$RUN/buckets"
+}
+
+# mount_bucket BUCKET FOLDER OPTIONS…: unless it is mounted. Another bucket there, of settings of
+# before, is unmounted: it would be taken for this one.
 mount_bucket() {
-  local bucket
-  bucket=$(cat "$RUN/bucket")
-  if [[ -z $bucket ]] || mountpoint --quiet "$BUCKET_FOLDER"; then return; fi
-  if ! command -v gcsfuse >/dev/null; then install_gcsfuse >>"$HOME/spvit_jax_install.log" 2>&1; fi
-  if [[ ! -w $BUCKET_FOLDER ]]; then
-    sudo mkdir -p "$BUCKET_FOLDER"
-    sudo chown "$(id -u)" "$BUCKET_FOLDER"
+  local bucket=$1 folder=$2
+  shift 2
+  if mountpoint --quiet "$folder"; then
+    if [[ $(read_fact "mounted-${folder##*/}") == "$bucket" ]]; then return; fi
+    fusermount -u "$folder" >>"$HOME/spvit_jax_install.log" 2>&1 || return 1
   fi
-  gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 \
-    "$bucket" "$BUCKET_FOLDER" >>"$HOME/spvit_jax_install.log" 2>&1
+  if ! command -v gcsfuse >/dev/null; then install_gcsfuse >>"$HOME/spvit_jax_install.log" 2>&1; fi
+  if [[ ! -w $folder ]]; then
+    sudo mkdir -p "$folder"
+    sudo chown "$(id -u)" "$folder"
+  fi
+  gcsfuse --implicit-dirs "$@" "$bucket" "$folder" >>"$HOME/spvit_jax_install.log" 2>&1 || return 1
+  echo "$bucket" >"$RUN/mounted-${folder##*/}"
 }
 
 install_gcsfuse() {
@@ -104,8 +125,8 @@ start() {
     answer "busy with $(read_fact id)"
     return
   fi
-  if ! mount_bucket; then
-    answer "failed to mount the bucket: $(tail -n 1 "$HOME/spvit_jax_install.log")"
+  if ! mount_buckets; then
+    answer "failed to mount a bucket: $(tail -n 1 "$HOME/spvit_jax_install.log")"
     return
   fi
   rm -f "$RUN"/{id,pid,child,exit,stopped}
@@ -130,7 +151,7 @@ supervise() {
   mv "$RUN/exit.new" "$RUN/exit"
 }
 
-read_fact() { cat "$RUN/$1" 2>/dev/null || true; }
+read_fact() { if [[ -e $RUN/$1 ]]; then echo "$(<"$RUN/$1")"; fi; }
 
 # Alive, and not another process that got the number after a restart of the machine.
 is_running() {

@@ -1,4 +1,5 @@
-"""Augmentation on the device, inside the train step: pixels, RandAugment, mixing, label maps.
+"""Augmentation on the device, inside the train step: normalising, erasing, mixing, label maps.
 
-Crops of single images, on the host, are in `data/crops.py`. Nothing here imports TensorFlow.
+What is done to single images, RandAugment included, is in `data/`, on the host. Nothing here
+imports TensorFlow, and nothing gathers or scatters, which are loops over elements on a TPU.
 """

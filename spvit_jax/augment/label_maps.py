@@ -36,7 +36,7 @@ def align(
       grid: rows and columns of tokens.
       num_classes: number of classes, C.
       moves: RandAugment's affine maps [B, 3, 3], from a position (x, y, 1) in its result to that
-        in the crop, as fractions of width and height. None for the identity.
+        in the flipped crop, as fractions of width and height. None for the identity.
       smoothing: label smoothing, the probability that is spread over all classes.
       official_axes: whether to exchange x and y in the boxes, as the authors' code does.
 
@@ -62,9 +62,9 @@ def align(
 def scatter(label_map: jax.Array, num_classes: int) -> jax.Array:
     """Returns the logits of all classes [h, w, C] float32 from a label map [2, K, h, w]."""
     values, classes = label_map[0].astype(jnp.float32), label_map[1].astype(jnp.int32)
-    _, h, w = values.shape
-    y, x = jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij")
-    return jnp.zeros((h, w, num_classes)).at[y, x, classes].add(values)
+    # A sum over one-hot vectors: on a TPU a scatter is a loop over elements.
+    is_class = classes[..., None] == jnp.arange(num_classes)
+    return jnp.where(is_class, values[..., None], 0).sum(0)
 
 
 def roi_align(image: jax.Array, box: jax.Array, grid: Grid) -> jax.Array:

@@ -1,8 +1,7 @@
 """Augmentation of whole batches on the device, inside the jitted step: erasing, MixUp, CutMix.
 
-The host crops, resizes and flips single images (`data/crops.py`) and sends uint8. `BatchTransform`
-then applies RandAugment, colour jitter and 3-Augment (`randaugment.py`), normalisation, random
-erasing, MixUp and CutMix.
+The host crops, resizes and augments single images (`data/crops.py`, `data/augmentation.py`) and
+sends uint8. `BatchTransform` then normalises, erases and mixes them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from spvit_jax.augment.randaugment import RandAugment, color_jitter, three_augment
 from spvit_jax.errors import InputError
 
 _ERASE_ATTEMPTS = 10  # timm's
@@ -32,56 +30,43 @@ class BatchTransform:
     Attributes:
       mean: mean of each channel, for pixels from 0 to 1.
       std: standard deviation of each channel, likewise.
-      rand_augment: RandAugment's policy, or None.
-      three_augment: whether each image is made grey, solarized or blurred (3-Augment).
-      color_jitter: strength of random brightness, contrast and saturation.
       erase: probability of filling a random box with noise.
       mixup: α of MixUp; 0 is off.
       cutmix: α of CutMix; 0 is off.
       mix_probability: probability of mixing a group at all.
       switch_probability: probability of CutMix rather than MixUp where both are on.
       mix_group_size: number of images that are mixed with each other, by one draw.
-      official_axes: whether token labels exchange x and y where SP-ViT's authors' code does.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    rand_augment: RandAugment | None = None
-    three_augment: bool = False
-    color_jitter: float = 0.0
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_probability: float = 1.0
     switch_probability: float = 0.5
     mix_group_size: int = 128
-    official_axes: bool = False
 
     @classmethod
     def of(cls, config: ConfigDict) -> Self:
         """Returns the batch transform of a configuration."""
         augment = config.augment
-        policy = augment.rand_augment
         return cls(
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
-            rand_augment=RandAugment.parse(policy, augment.interpolation) if policy else None,
-            three_augment=augment.three_augment,
-            color_jitter=augment.color_jitter,
             erase=augment.erase,
             mixup=augment.mixup,
             cutmix=augment.cutmix,
             mix_probability=augment.mix_probability,
             switch_probability=augment.switch_probability,
             mix_group_size=augment.mix_group_size,
-            official_axes=config.token_labels.official_axes,
         )
 
     @jax.named_scope("augment")
     def __call__(
         self, images: jax.Array, targets: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Augments and normalises a batch of images, and mixes its targets.
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises, erases and mixes a batch of images, and mixes its targets.
 
         Args:
           images: uint8 [B, h, w, 3].
@@ -89,15 +74,13 @@ class BatchTransform:
           key: a random key.
 
         Returns:
-          Normalised images float32 [B, h, w, 3]; targets [B, C]; and RandAugment's affine maps
-          [B, 3, 3], as `label_maps.align` takes them, or None.
+          Images float32 [B, h, w, 3] and targets [B, C].
         """
-        augment_key, erase_key, mix_key = jax.random.split(key, 3)
-        images, moves = self._augment(images, augment_key)
+        erase_key, mix_key = jax.random.split(key)
         images = self.normalize(images)
         if self.erase:
             images = erase(images, jax.random.split(erase_key, len(images)), self.erase)
-        images, targets = mix(
+        return mix(
             images,
             targets,
             mix_key,
@@ -107,34 +90,11 @@ class BatchTransform:
             switch_probability=self.switch_probability,
             group_size=self.mix_group_size,
         )
-        return images, targets, moves
 
     @jax.named_scope("normalize")
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns images of 0 to 255 normalised, float32; evaluation does nothing else."""
         return normalize(images, self.mean, self.std)
-
-    def _augment(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Augments images of 0 to 255; returns also RandAugment's affine maps, or None."""
-        moves = None
-        if not (self.rand_augment or self.three_augment or self.color_jitter):
-            return images, moves
-        images = images.astype(jnp.float32)
-        three_key, jitter_key, policy_key = (
-            jax.random.split(key, len(images)) for key in jax.random.split(key, 3)
-        )
-        if self.three_augment:
-            images = three_augment(images, three_key)
-        if self.color_jitter:
-            images = color_jitter(images, jitter_key, self.color_jitter)
-        if self.rand_augment is not None:
-            fill = jnp.round(255 * jnp.array(self.mean))
-            images, matrices = self.rand_augment(
-                images, policy_key, fill, official_axes=self.official_axes
-            )
-            size = jnp.array([images.shape[2], images.shape[1], 1])
-            moves = matrices * size / size[:, None]  # from pixels to fractions of the image
-        return images, moves
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -170,8 +130,8 @@ def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
         ratio = jnp.exp(jax.random.uniform(keys[1], draws, jnp.float32, *log_ratio))
         rows, columns = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
         fits = (rows < h) & (columns < w)
-        first = jnp.argmax(fits)
-        rows, columns = rows[first], columns[first]
+        is_first = fits & (jnp.cumsum(fits) == 1)
+        rows, columns = (jnp.where(is_first, x, 0).sum() for x in (rows, columns))
         top = jnp.floor(jax.random.uniform(keys[2]) * (h - rows + 1))
         left = jnp.floor(jax.random.uniform(keys[3]) * (w - columns + 1))
         y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[None, :, None]

@@ -1,9 +1,9 @@
-"""Transforms of single images on the host: decoding, cropping, resizing, flipping.
+"""Transforms of single images on the host: decoding, cropping, resizing, flipping, augmentation.
 
 All random numbers are drawn from a seed that is passed in, so that an example looks the same
-whenever and wherever it is read. TensorFlow decodes and Pillow resizes: each is the faster of the
-two, and Pillow's pixels are those that published recipes are trained and evaluated with.
-Augmentation of whole batches is in `augment/`, on the device.
+whenever and wherever it is read. TensorFlow draws and decodes; what follows is compiled code with
+the pixels of Pillow, which published recipes are trained and evaluated with. Augmentation of whole
+batches is in `augment/`, on the device.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from spvit_jax import config as config_lib
+from spvit_jax.data import resampling
+from spvit_jax.data.augmentation import Augmentation
 from spvit_jax.data.decode import decode_other
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError, nearest
@@ -26,14 +27,31 @@ Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, wi
 
 _CROP_ATTEMPTS = 10  # torchvision's
 _DCT_METHOD = "INTEGER_ACCURATE"  # decodes JPEG to the same pixels as Pillow
-_FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 _CROP_MODES = ("center", "squash")
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+class TrainImage(NamedTuple):
+    """A training image, and where its pixels are in the original one.
+
+    Attributes:
+      image: uint8 [height, width, 3].
+      box: float32 [4], (y0, x0, y1, x1) of the crop, as fractions of the original image's height
+        and width.
+      flip: bool [], whether the crop was flipped.
+      move: float32 [3, 3], affine map from a position (x, y, 1) in the image to that in the flipped
+        crop, as fractions of width and height; the identity without RandAugment.
+    """
+
+    image: tf.Tensor
+    box: tf.Tensor
+    flip: tf.Tensor
+    move: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random crop, resize and flip of a training image.
+    """Random crop, resize, flip and augmentation of a training image.
 
     Attributes:
       size: (height, width) of the result, in pixels.
@@ -41,6 +59,7 @@ class TrainTransform:
       ratio: range of the crop's width over its height.
       flip: probability of a horizontal flip.
       interpolation: "bilinear", "bicubic", or "random" for either with the same probability.
+      augmentation: what follows on the single image.
     """
 
     size: tuple[int, int]
@@ -48,10 +67,11 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     interpolation: str = "bicubic"
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         """Raises an `InputError` if the interpolation is unknown."""
-        _check_interpolation(self.interpolation, (*_FILTERS, "random"))
+        _check_interpolation(self.interpolation, (*_INTERPOLATIONS, "random"))
 
     @classmethod
     def of(cls, config: ConfigDict, size: tuple[int, int]) -> Self:
@@ -63,37 +83,43 @@ class TrainTransform:
             ratio=tuple(augment.crop_ratio),
             flip=augment.flip,
             interpolation=augment.interpolation,
+            augmentation=Augmentation.of(config),
         )
 
     def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Returns the training image uint8 [height, width, 3] for a seed int64 [2]."""
-        return self.with_box(encoded, seed)[0]
+        return self.with_geometry(encoded, seed).image
 
-    def with_box(
-        self, encoded: tf.Tensor, seed: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns a training image as `__call__` does, with its box in the original image.
-
-        Returns:
-          The image uint8 [height, width, 3]; the crop's box float32 [4], (y0, x0, y1, x1) as
-          fractions of the image's height and width; and bool [], whether it was flipped.
-        """
-        seeds = tf.random.experimental.stateless_split(seed, 3)
-        crop_seed, flip_seed, interpolation_seed = tf.unstack(seeds)
+    def with_geometry(self, encoded: tf.Tensor, seed: tf.Tensor) -> TrainImage:
+        """Returns a training image as `__call__` does, with where its pixels are from."""
+        seeds = tf.random.experimental.stateless_split(seed, 4)
+        crop_seed, flip_seed, interpolation_seed, augmentation_seed = tf.unstack(seeds)
         image, box = self.crop(encoded, crop_seed)
-        flipped = tf.random.stateless_uniform([], flip_seed) < self.flip
-        names = list(_FILTERS) if self.interpolation == "random" else [self.interpolation]
-        chosen = tf.random.stateless_uniform(
-            [], interpolation_seed, maxval=len(names), dtype=tf.int32
+        flip = tf.random.stateless_uniform([], flip_seed) < self.flip
+        bicubic = {"random": 0.5, "bicubic": 1.0}.get(self.interpolation, 0.0)  # its probability
+        is_bicubic = tf.random.stateless_uniform([], interpolation_seed) < bicubic
+        operations = self.augmentation.draw(augmentation_seed)
+        inputs = [image, is_bicubic, flip, operations]
+        image, move = tf.numpy_function(
+            self._resize_and_augment, inputs, (tf.uint8, tf.float32), stateful=False
         )
-        resample = tf.constant([_FILTERS[name].value for name in names])[chosen]
-        return _resize(image, self.size, resample, flipped), box, flipped
+        image = tf.ensure_shape(image, (*self.size, 3))
+        return TrainImage(image, box, flip, tf.ensure_shape(move, (3, 3)))
 
     def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns a random crop uint8 [h, w, 3] before resizing, and its box as in `with_box`."""
+        """Returns a random crop uint8 [h, w, 3] before resizing, and its box float32 [4]."""
         return _decode_crop(
             encoded, lambda shape: random_crop_box(shape, seed, self.scale, self.ratio)
         )
+
+    def _resize_and_augment(
+        self, crop: np.ndarray, bicubic: bool, flip: bool, operations: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the image uint8 [height, width, 3] of a crop, and `TrainImage.move` [3, 3]."""
+        image = resampling.resize(crop, *self.size, bool(bicubic))
+        if flip:
+            image = resampling.flip(image)
+        return self.augmentation.apply(image, operations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +141,7 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         """Raises an `InputError` if the crop, interpolation or crop mode is invalid."""
-        _check_interpolation(self.interpolation, _FILTERS)
+        _check_interpolation(self.interpolation, _INTERPOLATIONS)
         if self.crop_mode not in _CROP_MODES:
             known = nearest(self.crop_mode, _CROP_MODES)
             raise InputError(f"unknown augment.eval_crop_mode {self.crop_mode!r}{known}")
@@ -139,7 +165,7 @@ class EvalTransform:
         """Returns the evaluation image uint8 [height, width, 3] of an encoded image."""
         image = _decode(encoded)
         resized = self._resized_shape(tf.shape(image)[:2])
-        image = _resize(image, resized, _FILTERS[self.interpolation].value)
+        image = _resize(image, resized, bicubic=self.interpolation == "bicubic")
         # Half an odd margin is rounded to even, as by Python's `round` in torchvision.
         corner = tf.cast(tf.round((resized - self.size) / 2), tf.int32)
         return tf.image.crop_to_bounding_box(image, *tf.unstack(corner), *self.size)
@@ -167,7 +193,7 @@ class WholeTransform:
 
     def __call__(self, encoded: tf.Tensor) -> tf.Tensor:
         """Returns the whole image, resized, uint8 [height, width, 3], of an encoded image."""
-        return _resize(_decode(encoded), self.size, _FILTERS["bicubic"].value)
+        return _resize(_decode(encoded), self.size, bicubic=True)
 
 
 def random_crop_box(
@@ -262,20 +288,14 @@ def _decode_crop(
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
 
-def _resize(
-    image: tf.Tensor,
-    size: tf.Tensor | tuple[int, int],
-    resample: tf.Tensor | int,
-    flipped: tf.Tensor | bool = False,
-) -> tf.Tensor:
-    """Resizes an image uint8 [h, w, 3] by one of Pillow's filters; flips it if `flipped`."""
+def _resize(image: tf.Tensor, size: tf.Tensor | tuple[int, int], *, bicubic: bool) -> tf.Tensor:
+    """Resizes an image uint8 [h, w, 3] to (height, width)."""
 
-    def resize(image: np.ndarray, size: np.ndarray, resample: int, flipped: bool) -> np.ndarray:
+    def resize(image: np.ndarray, size: np.ndarray) -> np.ndarray:
         height, width = size.tolist()
-        resized = Image.fromarray(image).resize((width, height), int(resample))
-        return np.asarray(resized.transpose(_FLIP) if flipped else resized)
+        return resampling.resize(image, height, width, bicubic)
 
-    inputs = [image, tf.cast(size, tf.int32), resample, flipped]
+    inputs = [image, tf.cast(size, tf.int32)]
     resized = tf.numpy_function(resize, inputs, tf.uint8, stateful=False)
     known = size if isinstance(size, tuple) else (None, None)
     return tf.ensure_shape(resized, (*known, 3))

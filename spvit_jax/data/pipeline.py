@@ -130,8 +130,8 @@ def train_batches(
     Returns:
       Batches of `image` uint8 [b, height, width, 3], `label` int32 [b] and `index` int64 [b], the
       example's index in the source. With label maps also `label_map` float16 [b, 2, K, h, w], and
-      the crop's `box` float32 [b, 4] and `flip` bool [b], as `TrainTransform.with_box` returns
-      them.
+      `box` float32 [b, 4], `flip` bool [b] and, with RandAugment, `move` float32 [b, 3, 3], as in
+      `crops.TrainImage`.
 
     Raises:
       InputError: the batch size is not a multiple of `shard.count`; later, in the iterator: too
@@ -140,13 +140,15 @@ def train_batches(
     local = shard.of(batch_size)
 
     def make(example: Example, ordinal: tf.Tensor) -> dict:
-        image, box, flip = transform.with_box(
+        made = transform.with_geometry(
             example["encoded"], tf.stack([tf.constant(seed, tf.int64), ordinal])
         )
-        made = {"image": image, "label": example["label"], "index": example["index"]}
+        fields = {"image": made.image, "label": example["label"], "index": example["index"]}
         if label_maps is not None:
-            made |= {"label_map": example["label_map"], "box": box, "flip": flip}
-        return made
+            fields |= {"label_map": example["label_map"], "box": made.box, "flip": made.flip}
+            if transform.augmentation.moves_pixels:
+                fields["move"] = made.move
+        return fields
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = shard.ordinals(step, batch_size)

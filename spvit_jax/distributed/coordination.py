@@ -62,6 +62,11 @@ def rank_and_size() -> tuple[int, int]:
     return jax_distributed.global_state.process_id, jax_distributed.global_state.num_processes
 
 
+def coordinator() -> str:
+    """Returns the HOST:PORT of process 0's service."""
+    return str(jax_distributed.global_state.coordinator_address)
+
+
 def detect(timeout: int) -> tuple[str, int, int]:
     """Returns the coordinator's HOST:PORT, the number of processes and this one's index on a pod.
 

@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 import jax
 
+from spvit_jax.distributed import liveness
 from spvit_jax.distributed.coordination import PREFIX, is_formed, rank_and_size, say, store
-from spvit_jax.errors import FAILED, exit_code
+from spvit_jax.errors import FAILED, START_AGAIN, exit_code
 
 _POLL = 1.0  # seconds between looks at whether another process has failed
 _READ_TIMEOUT = 10.0  # seconds that a failing process waits for the others to read its error
+_HEAD_START = 5.0  # seconds for a lost process to be seen by its own exit code, if it has one
 
 _ending = threading.RLock()  # one error is reported: this process's or another's
 _callbacks: list[Any] = []  # functions that C calls, which must not be garbage-collected
@@ -35,6 +37,7 @@ def watch(done: threading.Event) -> None:
     client, (rank, _) = store(), rank_and_size()
     while not done.wait(_POLL):
         try:
+            liveness.exchange()
             notices = client.key_value_dir_get(f"{PREFIX}/failed/")
         except jax.errors.JaxRuntimeError:
             return  # the coordinator is lost, which JAX handles itself
@@ -52,12 +55,14 @@ def fail(error: BaseException) -> NoReturn:
     """Ends this process for an error, after the other processes have read it.
 
     Args:
-      error: exception; its exit code is that of `errors.exit_code`, or 1.
+      error: exception; its exit code is that of `errors.exit_code`, 75 if it is the loss of another
+        process, or 1.
     """
     _ending.acquire()
     code = exit_code(error)
     message = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in message:
+        code = START_AGAIN
         message = f"another process of the cluster was lost ({message})"
     elif code is None and not isinstance(error, TimeoutError):
         traceback.print_exception(error)
@@ -109,21 +114,25 @@ def end(code: int, line: str = "") -> NoReturn:
 
 
 def name_what_aborts() -> None:
-    """Installs a handler of SIGABRT that ends the process with an error line and exit code 1.
+    """Installs a handler of SIGABRT that ends the process with an error line, and with exit code 75
+    if another process is lost, else 1.
 
     JAX's C++ code calls abort() when another process is lost, from a thread to which Python has no
-    access, and the callback that its client takes for this does not work from Python.
+    access, and the callback that its client takes for this does not work from Python. It also does
+    so for errors of its own, which are no reason to start the command again for ever.
     """
-    message = (
-        b"error: JAX has ended this process, most often because another process of the cluster was "
-        b"lost: the lines above name it. Start the same command again to go on from the last "
-        b"checkpoint\n"
-    )
 
     def on_abort(signum: int) -> None:
         del signum
-        os.write(2, message)
-        os._exit(1)
+        if lost := liveness.lost():
+            names = ", ".join(f"process {rank}" for rank in lost)
+            message = f"another process of the cluster was lost ({names})"
+            time.sleep(_HEAD_START)
+        else:
+            message = "JAX has ended this process, and the others of the cluster are alive"
+        line = f"error: {message}; the lines above say why. Start the same command again to go on "
+        os.write(2, f"{line}from the last checkpoint\n".encode())
+        os._exit(START_AGAIN if lost else FAILED)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
     _callbacks.append(callback)

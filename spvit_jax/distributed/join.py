@@ -74,7 +74,7 @@ def joined(address: Address | None, *, notices: bool = False) -> Iterator[None]:
 
     An exception inside ends all processes: this one with a line that says why and exit code 2 for
     an `InputError`, 1 for any other; the others with the same code, naming this one. If one is
-    lost without an error, the rest end with exit code 1 within half a minute.
+    lost without an error, the rest end with exit code 75 within half a minute.
 
     Args:
       address: address of the cluster; None for a single process.

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from spvit_jax.kernels import CONTEXT
 
 Grid = tuple[int, int]  # (h, w): rows and columns of patches
 Radius = tuple[int, int]  # (rows, columns) of a neighbourhood around its centre
@@ -54,16 +57,13 @@ def local_attention(
     Returns:
       [H, d, B, P+N] in the dtype of `v`. Time and memory, the gradient's too, are linear in N.
     """
-    # A neighbourhood reaches no farther than the grid.
-    reach = (min(radius[0], grid[0] - 1), min(radius[1], grid[1] - 1))
     if gain is not None:
-        rows, columns = (slice(r - s, r + s + 1) for r, s in zip(radius, reach, strict=True))
-        gain = gain[:, rows, columns].reshape(gain.shape[0], -1).T
-    out = _patch_rows(_Shape(grid, num_prefix, reach, kind), q, k, v, gain)
+        gain = gain.reshape(gain.shape[0], -1).T
+    out = _patch_rows(_Shape(grid, num_prefix, radius, kind), q, k, v, gain)
     out = out.reshape(*out.shape[:3], -1)
-    if num_prefix == 0:
-        return out
-    return jnp.concatenate([_prefix_rows(q[..., :num_prefix], k, v), out], axis=-1)
+    if num_prefix:
+        out = jnp.concatenate([_prefix_rows(q[..., :num_prefix], k, v), out], axis=-1)
+    return checkpoint_name(out, CONTEXT)
 
 
 def _prefix_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -7,18 +7,23 @@ same faster (`implementation.py` says which).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.fused import fused_attention
-from spvit_jax.models.implementation import Implementation, check, choose
+from spvit_jax.kernels.local import local_attention
+from spvit_jax.kernels.mesh import on_each_device
+from spvit_jax.models.implementation import Implementation, check, choose, is_local
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
+Factors = tuple[jax.Array | None, jax.Array | None]  # G and B, or None where they are 1 and 0
 Mix = Callable[[jax.Array], jax.Array]  # a map over the heads of [B, H, n, m]
 
 
@@ -110,7 +115,7 @@ class Attention(nnx.Module):
 
     Attributes:
       prior: learned gain of SP-SA, or None for a layer without one.
-      mask: neighbourhood to which the first heads are masked, or None.
+      mask: neighbourhood to which some heads are masked, or None.
       mix_scores: talking heads before the softmax, or None.
       mix_weights: talking heads after the softmax, or None.
       implementation: implementation of the attention, or "auto".
@@ -147,12 +152,15 @@ class Attention(nnx.Module):
         self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
         self.mix_weights = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
 
-    @jax.named_scope("gain")
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
+        return self._gain(self.prior, grid, num_prefix)
+
+    @jax.named_scope("gain")
+    def _gain(self, prior: SpatialPrior | None, grid: Grid, num_prefix: int) -> jax.Array | None:
         factors = []
-        if self.prior is not None:
-            factors.append(self.prior(grid, num_prefix))
+        if prior is not None:
+            factors.append(prior(grid, num_prefix))
         if self.mask is not None and self.mask.kind == "soft":
             factors.append(self.mask.gain(self.num_heads, grid, num_prefix))
         if not factors:
@@ -168,27 +176,96 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
+        if self.mask is not None and is_local(self.implementation, x.shape[1]):
+            return self._attend_locally(x, grid, num_prefix, self.mask)
         out = self.attend(self._project(x), grid, num_prefix)
         with jax.named_scope("proj"):
             return self.proj(out)
 
     def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
-        gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
-        match choose(self.implementation, qkv, self.num_heads, gain, bias):
+
+        def factors(prior: SpatialPrior | None) -> Factors:
+            return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)
+
+        return self._attend_heads(qkv, self.num_heads, factors)
+
+    def _attend_heads(
+        self, qkv: jax.Array, num_heads: int, factors: Callable[[SpatialPrior | None], Factors]
+    ) -> jax.Array:
+        """Computes `attend` of some heads H, from their projection [B, n, 3·H·d].
+
+        `factors` returns their G and B for a given prior.
+        """
+        num_factors = (self.prior is not None) + (self.mask is not None)
+        match choose(self.implementation, qkv, num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
-                interpret = name == "fused_interpret"
+                graphdef, state = nnx.split(self.prior)
+
+                def attend(qkv: jax.Array, state: nnx.State) -> jax.Array:
+                    gain, bias = factors(nnx.merge(graphdef, state))
+                    interpret = name == "fused_interpret"
+                    return fused_attention(qkv, num_heads, gain, bias, interpret=interpret)
+
+                # Devices add up the gradient of the prior's parameters, and not that of G.
                 with jax.named_scope("attention"):
-                    return fused_attention(qkv, self.num_heads, gain, bias, interpret=interpret)
+                    return checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)
             case _:
+                gain, bias = factors(self.prior)
                 mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
-                q, k, v = self._split_heads(qkv)
+                q, k, v = split_heads(qkv, num_heads)
                 out = attention(q, k, v, gain, bias, **mix)
                 return out.reshape(*qkv.shape[:-1], -1)
 
+    def _attend_locally(
+        self, x: jax.Array, grid: Grid, num_prefix: int, mask: LocalityMask
+    ) -> jax.Array:
+        """Computes `__call__` with the masked heads at linear cost, the others as elsewhere.
+
+        Each kind has its own part of the weights, so that neither is laid out for the other: the
+        tokens of local heads lie behind their channels.
+        """
+        others = tuple(head for head in range(self.num_heads) if head not in mask.heads)
+        local_gain = None
+        if self.prior is not None:
+            table, reach = self.prior.table(grid), mask.reach(grid)
+            rows, columns = (slice(n - 1 - r, n + r) for n, r in zip(grid, reach, strict=True))
+            local_gain = _take(table[:, rows, columns], mask.heads, axis=0)
+
+        dim, dtype = x.shape[-1], self.qkv.dtype
+        heads = (3, self.num_heads, dim // self.num_heads)
+        kernel = self.qkv.kernel[...].astype(dtype).reshape(dim, *heads)
+        bias = None if self.qkv.bias is None else self.qkv.bias[...].astype(dtype).reshape(heads)
+        out_kernel = self.proj.kernel[...].astype(dtype).reshape(*heads[1:], dim)
+
+        with jax.named_scope("qkv"):
+            qkv = jnp.einsum("bnc,cthd->thdbn", x, _take(kernel, mask.heads, axis=2))
+            if bias is not None:
+                qkv += _take(bias, mask.heads, axis=1)[..., None, None]
+            q, k, v = qkv
+        reach, kind = mask.reach(grid), mask.kind
+        local = local_attention(q, k, v, grid, num_prefix, radius=reach, kind=kind, gain=local_gain)
+        with jax.named_scope("proj"):
+            out = jnp.einsum("hdbn,hdc->bnc", local, _take(out_kernel, mask.heads, axis=0))
+            out += self.proj.bias[...].astype(dtype)  # type: ignore[index]  # it has one
+        if not others:
+            return out
+
+        with jax.named_scope("qkv"):
+            qkv = x @ _take(kernel, others, axis=2).reshape(dim, -1)
+            if bias is not None:
+                qkv += _take(bias, others, axis=1).reshape(-1)
+
+        def factors(prior: SpatialPrior | None) -> Factors:
+            return None if prior is None else _take(prior(grid, num_prefix), others, axis=0), None
+
+        attended = self._attend_heads(qkv, len(others), factors)
+        with jax.named_scope("proj"):
+            return out + attended @ _take(out_kernel, others, axis=0).reshape(-1, dim)
+
     def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
-        q, k, _ = self._split_heads(self._project(x))
+        q, k, _ = split_heads(self._project(x), self.num_heads)
         mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
         gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
         return attention_weights(q, k, gain, bias, **mix)
@@ -202,8 +279,17 @@ class Attention(nnx.Module):
         """Projects x [B, n, D] to queries, keys and values [B, n, 3D], columns [3, H, d]."""
         return self.qkv(x)
 
-    @jax.named_scope("qkv")
-    def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Splits a projection [B, n, 3D] into queries, keys and values [B, n, H, d]."""
-        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1)
-        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+@jax.named_scope("qkv")
+def split_heads(qkv: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits a projection [B, n, 3·H·d] into queries, keys and values [B, n, H, d]."""
+    qkv = qkv.reshape(*qkv.shape[:-1], 3, num_heads, -1)
+    return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+
+def _take(array: jax.Array, heads: Sequence[int], *, axis: int) -> jax.Array:
+    """Takes some heads from an axis of all, by slices rather than by a gather."""
+    if len(heads) == array.shape[axis]:
+        return array
+    slices = [jax.lax.slice_in_dim(array, head, head + 1, axis=axis) for head in heads]
+    return jnp.concatenate(slices, axis=axis)

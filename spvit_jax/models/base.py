@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
 from spvit_jax.errors import InputError
-from spvit_jax.models import loop
+from spvit_jax.models import loop, mask_schedule
 from spvit_jax.models.block import Block
 from spvit_jax.models.fields import check_fields
 from spvit_jax.models.implementation import Implementation
 from spvit_jax.models.initializers import CountedRngs
-from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed, accumulation_dtype
+from spvit_jax.models.layers import LayerNorm, accumulation_dtype, draw_drop_path
 from spvit_jax.models.loop import Segment, find_segments
+from spvit_jax.models.mask_schedule import MaskSchedule
 from spvit_jax.models.spatial import Grid, LocalityMask
-
-MaskSchedule = tuple[tuple[int, int], ...]  # ((number of layers, masked heads in each), ...)
+from spvit_jax.models.stem import ConvStem, PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ class ModelConfig:
     drop_path: float = 0.0  # rate of stochastic depth, see `drop_path_per_layer`
 
     # MaiT's masked heads.
-    # ((layers, heads masked in each), …), or "thirds": all, one and none
-    masked_heads: MaskSchedule | Literal["thirds"] | None = None
+    # ((layers, heads), …), ((0, 2), (1,), …) by layer, "thirds", …: see `models/mask_schedule.py`
+    masked_heads: MaskSchedule | None = None
     mask_radius: int | tuple[int, int] = 1  # patches, one number or (rows, columns)
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
 
     # Execution.
-    # "xla", "fused" (a kernel for TPUs), "fused_interpret" (the same anywhere, slowly, for tests),
-    # or "auto" for the fastest on the devices
+    # "xla", "local" (masked heads at linear cost), "fused" (a kernel for TPUs), "fused_interpret"
+    # (the same anywhere, slowly, for tests), or "auto" for the fastest on the devices
     attention: Implementation = "auto"
     dtype: str = "float32"  # of the computation, or "bfloat16"; parameters are float32
     remat: bool = False  # recompute each block in the backward pass to save memory
@@ -83,28 +83,8 @@ class ModelConfig:
             raise InputError(f"drop_path is {self.drop_path}; expected a rate in [0, 1)")
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise InputError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float64")
-        self._check_masked_heads()
-        LocalityMask(0, self.mask_shape, self.mask_kind)
-
-    def _check_masked_heads(self) -> None:
-        schedule, heads = self.masked_heads, self.heads_per_layer()
-        if schedule is None or schedule == "thirds":
-            return
-        if min((count for count, _ in schedule), default=0) < 0 or len(heads) != sum(
-            n for n, _ in schedule
-        ):
-            raise InputError(
-                f"masked_heads {schedule} covers {sum(n for n, _ in schedule)} layers, the model "
-                f"has {len(heads)}; the layer counts must add up to the depth"
-            )
-        for layer, (masked, available) in enumerate(
-            zip(self.masked_per_layer(), heads, strict=True)
-        ):
-            if not 0 <= masked <= available:
-                raise InputError(
-                    f"masked_heads {schedule} asks for {masked} masked heads in layer {layer}, "
-                    f"which has {available}"
-                )
+        self.masked_per_layer()
+        LocalityMask((), self.mask_shape, self.mask_kind)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -122,19 +102,23 @@ class ModelConfig:
         """Radius of the masked heads' neighbourhood as (rows, columns)."""
         return _pair(self.mask_radius)
 
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Returns the number of layers of each stage of a pyramid; () for other models."""
+        return ()
+
+    def grid_per_layer(self) -> list[Grid]:
+        """Returns the grid of patches of each layer."""
+        return [self.grid] * len(self.heads_per_layer())
+
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer."""
         raise NotImplementedError
 
-    def masked_per_layer(self) -> list[int]:
-        """Returns the number of masked heads of each layer."""
-        heads = self.heads_per_layer()
-        if self.masked_heads is None:
-            return [0] * len(heads)
-        if self.masked_heads == "thirds":
-            third = len(heads) // 3
-            return heads[:third] + [1] * third + [0] * (len(heads) - 2 * third)
-        return [masked for count, masked in self.masked_heads for _ in range(count)]
+    def masked_per_layer(self) -> list[tuple[int, ...]]:
+        """Returns the masked heads of each layer, in ascending order."""
+        return mask_schedule.masked_per_layer(
+            self.masked_heads, self.heads_per_layer(), self.layers_per_stage()
+        )
 
     def drop_path_per_layer(self) -> list[float]:
         """Returns the rate of stochastic depth at each layer: growing from 0 to `drop_path`."""
@@ -319,29 +303,28 @@ class Model(nnx.Module):
             key = None
         elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
+        rates = self.config.drop_path_per_layer()
+        factors = None if key is None else draw_drop_path(key, rates, len(patches))
         tokens = self.to_tokens(patches.astype(self.blocks[0].residual_dtype))
         before_blocks = self.before_blocks
         for segment in segments:
             if segment.start in before_blocks:
                 tokens = before_blocks[segment.start](tokens)
             yield tokens
-            tokens = self._apply_segment(segment, tokens, key)
+            tokens = self._apply_segment(segment, tokens, factors)
         yield tokens
 
-    def _apply_segment(self, segment: Segment, tokens: Tokens, key: jax.Array | None) -> Tokens:
-        """Maps tokens through the blocks of a segment; `key` draws the drop path of all layers."""
-        rates = self.config.drop_path_per_layer()
+    def _apply_segment(self, segment: Segment, tokens: Tokens, factors: jax.Array | None) -> Tokens:
+        """Maps tokens through the blocks of a segment; `factors` are those of all layers."""
 
-        def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(x, tokens.grid, tokens.num_prefix, layer_key, rate)
+        def call(block: Block, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+            return block(x, tokens.grid, tokens.num_prefix, factors)
 
         x = loop.apply_blocks(
             [self.blocks[layer] for layer in segment.layers],
             call,
             tokens.x,
-            segment.layers,
-            [rates[layer] for layer in segment.layers],
+            [None if factors is None else factors[layer] for layer in segment.layers],
             period=segment.period,
             remat=self.config.remat,
         )

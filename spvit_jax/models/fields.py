@@ -126,7 +126,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is tuple:
-        if typing.get_origin(args[0]) is tuple:
-            return "pairs of whole numbers"
-        return "whole numbers" if args[1:] == (...,) else "two of them"
+        if typing.get_origin(args[0]) is types.UnionType:
+            return "whole numbers or groups of them"
+        return "whole numbers" if args == (int, ...) else "two of them"
     return _NAMES[hint]

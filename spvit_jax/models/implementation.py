@@ -15,33 +15,33 @@ from spvit_jax.errors import InputError
 from spvit_jax.kernels import fused
 from spvit_jax.kernels.plan import Plan
 
-Implementation = Literal["auto", "xla", "fused", "fused_interpret"]
+Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
 
-_KERNELS = ("fused", "fused_interpret")
+_KERNELS = ("local", "fused", "fused_interpret")
+# Number of tokens from which masked heads are faster by `kernels.local`: on CPUs as measured by
+# `benchmarks.local_attention`, elsewhere where the N×N scores begin to fill the memory.
+_LOCAL_FROM = {"cpu": 150}
+_LOCAL_FROM_ELSEWHERE = 700
 
 
 def choose(
-    requested: Implementation,
-    qkv: jax.Array,
-    num_heads: int,
-    gain: jax.Array | None,
-    bias: jax.Array | None,
+    requested: Implementation, qkv: jax.Array, num_heads: int, num_factors: int
 ) -> Implementation:
     """Returns the implementation that computes an attention: never "auto".
 
     Args:
-      requested: a name, or "auto" for the fastest on the devices of the program being traced.
+      requested: a name, or "auto" for the fastest on the devices of the program being traced;
+        "local" is about masked heads alone, and "auto" for others.
       qkv: queries, keys and values [B, N, 3D].
       num_heads: number of heads H.
-      gain: G [H, N, N], or None.
-      bias: B [H, N, N], or None.
+      num_factors: number of factors [H, N, N] that scores have or may have: of G, of B.
 
     Raises:
       InputError: the implementation does not run on the devices, or not for so many tokens.
     """
     num_tokens, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
-    fits = Plan.of(qkv, num_heads, gain, bias).fits
-    if requested == "auto":
+    fits = Plan.of(qkv, num_heads, num_factors).fits
+    if requested in ("auto", "local"):
         runs = platform() == "tpu" and fits and fused.supports(head_dim, qkv.dtype)
         return "fused" if runs else "xla"
     check_platform(requested, platform())
@@ -52,6 +52,18 @@ def choose(
             "'auto' or 'xla', or smaller images"
         )
     return requested
+
+
+def is_local(requested: Implementation, num_tokens: int) -> bool:
+    """Returns whether masked heads are computed at a cost linear in the number of tokens.
+
+    Args:
+      requested: as in `choose`.
+      num_tokens: number of tokens, prefix included.
+    """
+    if requested == "auto":
+        return num_tokens >= _LOCAL_FROM.get(platform(), _LOCAL_FROM_ELSEWHERE)
+    return requested == "local"
 
 
 def platform() -> str:
@@ -96,7 +108,7 @@ def check(
             f"attention is {requested!r}, a kernel that does not know {other_scores}; "
             "choose 'auto' or 'xla'"
         )
-    if not fused.supports(head_dim, dtype):
+    if requested != "local" and not fused.supports(head_dim, dtype):
         widths, dtypes = fused.HEAD_DIMS, " or ".join(fused.DTYPES)
         raise InputError(
             f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "

@@ -34,19 +34,6 @@ def offsets(grid: Grid) -> np.ndarray:
     return np.stack([dx, dy], axis=-1).astype(np.float32)
 
 
-def _toeplitz_1d(table: jax.Array) -> jax.Array:
-    """Expands a table [..., 2n-1] to T [..., n, n] with T[i, j] = table[j - i + n - 1].
-
-    Repeating the table with a period of 2n and reading it in rows of 2n-1 moves each row one
-    place to the right: the expansion costs one copy, and its gradient one sum, without a gather.
-    """
-    n = (table.shape[-1] + 1) // 2
-    lead = table.shape[:-1]
-    period = jnp.concatenate([table, jnp.zeros((*lead, 1), table.dtype)], axis=-1)
-    rows = jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)).reshape(*lead, 2 * n * n)
-    return rows[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
-
-
 def toeplitz(table: jax.Array) -> jax.Array:
     """Expands a table over offsets to a matrix over pairs of patches, exactly.
 
@@ -57,9 +44,11 @@ def toeplitz(table: jax.Array) -> jax.Array:
       [H, N, N] with N = h·w and entry [i, j] the value at the offset from patch i to patch j.
     """
     heads, h, w = table.shape[0], (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
-    rows = _toeplitz_1d(jnp.swapaxes(table, 1, 2))  # [H, 2w-1, yi, yj]
-    both = _toeplitz_1d(jnp.moveaxis(rows, 1, -1))  # [H, yi, yj, xi, xj]
-    return both.transpose(0, 1, 3, 2, 4).reshape(heads, h * w, h * w)
+    rows = jnp.stack([table[..., w - 1 - x : 2 * w - 1 - x] for x in range(w)], axis=2)
+    # A query's keys are consecutive in (dy, xj): copies that use all lanes of a TPU.
+    rows = rows.swapaxes(1, 2).reshape(heads, w, (2 * h - 1) * w)  # [H, xi, (dy, xj)]
+    places = [slice((h - 1 - y) * w, (2 * h - 1 - y) * w) for y in range(h)]
+    return jnp.concatenate([rows[..., place] for place in places], axis=1)
 
 
 def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:
@@ -129,15 +118,15 @@ class RelativePositionBias(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LocalityMask:
-    """MaiT's mask, which restricts the first heads of a layer to a neighbourhood of each patch.
+    """MaiT's mask, which restricts some heads of a layer to a neighbourhood of each patch.
 
     Attributes:
-      num_masked: number of masked heads, which are heads 0 to num_masked - 1.
+      heads: masked heads, counted from 0, in ascending order.
       radius: radius of the neighbourhood (rows, columns); (1, 1) is 3×3 patches, (1, 2) is 3×5.
       kind: "soft" sets the scores outside to 0 (the paper), "hard" to -inf (its fast variant).
     """
 
-    num_masked: int
+    heads: tuple[int, ...]
     radius: tuple[int, int] = (1, 1)
     kind: str = "soft"
 
@@ -146,6 +135,10 @@ class LocalityMask:
             raise InputError(f"mask_kind is {self.kind!r}; expected 'soft' or 'hard'")
         if min(self.radius) < 0:
             raise InputError(f"mask_radius is {self.radius}; expected numbers of at least 0")
+
+    def reach(self, grid: Grid) -> tuple[int, int]:
+        """Returns the radius of the neighbourhood (rows, columns) where the grid is no smaller."""
+        return min(self.radius[0], grid[0] - 1), min(self.radius[1], grid[1] - 1)
 
     def neighbourhood(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns M [P+N, P+N] bool: whether a key is near a query; prefix tokens always are."""
@@ -165,5 +158,5 @@ class LocalityMask:
         return jnp.where(self._removed(num_heads, grid, num_prefix), -jnp.inf, 0.0)
 
     def _removed(self, num_heads: int, grid: Grid, num_prefix: int) -> jax.Array:
-        masked = jnp.arange(num_heads) < self.num_masked
+        masked = jnp.asarray(np.isin(np.arange(num_heads), self.heads))
         return masked[:, None, None] & ~self.neighbourhood(grid, num_prefix)

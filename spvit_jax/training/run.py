@@ -116,6 +116,7 @@ class TrainingRun:
             self.mesh,
             train=True,
             label_map=self.data.label_map,
+            moves=bool(self.config.augment.rand_augment),
         )
         key = jax.eval_shape(lambda: self.root)
         arguments = {"state": self.abstract, "batch": batch, "rng": key}
@@ -199,6 +200,7 @@ def abstract_batch(
     *,
     train: bool,
     label_map: tuple[int, int, int] | None = None,
+    moves: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns a global batch of `data.pipeline` as shapes with shardings.
 
@@ -208,6 +210,7 @@ def abstract_batch(
       mesh: mesh of the devices.
       train: whether the batch is of training; a batch of evaluation has a mask.
       label_map: (K, h, w) of the label maps in a batch of training; None without.
+      moves: whether the images of label maps are warped.
     """
     leaves: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((*image_shape, 3), jnp.uint8),
@@ -220,6 +223,8 @@ def abstract_batch(
         leaves["label_map"] = ((2, *label_map), jnp.float16)
         leaves["box"] = ((4,), jnp.float32)
         leaves["flip"] = ((), jnp.bool_)
+        if moves:
+            leaves["move"] = ((3, 3), jnp.float32)
     batch_sharding = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding)

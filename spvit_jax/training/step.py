@@ -29,11 +29,12 @@ class StepSettings:
 
     Attributes:
       num_classes: number of classes, C.
-      transform: augmentation and normalisation of a batch.
+      transform: normalisation, erasing and mixing of a batch.
       loss: training loss.
       label_smoothing: fraction of a target that is spread over all classes.
       dense_weight: weight of the dense head's loss.
       grid: grid of the tokens to which label maps are aligned; None without label maps.
+      official_axes: whether label maps exchange x and y where SP-ViT's authors' code does.
       mix_token: number of images that share a box of MixToken; 0 for off.
       accumulate: number of micro-batches per step.
       ema: decay of the moving average; 0 for off.
@@ -45,6 +46,7 @@ class StepSettings:
     label_smoothing: float = 0.0
     dense_weight: float = 1.0
     grid: Grid | None = None
+    official_axes: bool = False
     mix_token: int = 0
     accumulate: int = 1
     ema: float = 0.0
@@ -65,6 +67,7 @@ class StepSettings:
             label_smoothing=config.loss.label_smoothing,
             dense_weight=config.loss.dense_weight,
             grid=grid,
+            official_axes=config.token_labels.official_axes,
             mix_token=config.augment.mix_group_size if config.augment.mix_token else 0,
             accumulate=config.optim.accumulate,
             ema=config.optim.ema,
@@ -90,7 +93,7 @@ def train_step(
     Args:
       state: train state before the step; donated when jitted.
       batch: `image` uint8 [B, h, w, 3] and `label` int32 [B]; with label maps also `label_map`,
-        `box` and `flip`, as `pipeline.train_batches` makes them.
+        `box`, `flip` and, with RandAugment, `move`, as `pipeline.train_batches` makes them.
       rng: the run's root key, the same at every step.
       teacher: model whose predictions a distillation token learns, or None.
       optimizer: optimizer from `make_optimizer`.
@@ -100,9 +103,7 @@ def train_step(
       The state after the step, with the step's metrics added to its sums.
     """
     labels = losses.smooth_labels(batch["label"], settings.num_classes, settings.label_smoothing)
-    images, labels, moves = settings.transform(
-        batch["image"], labels, key_for(rng, "mix", state.step)
-    )
+    images, labels = settings.transform(batch["image"], labels, key_for(rng, "mix", state.step))
     targets = losses.Targets(labels)
     if "label_map" in batch and settings.grid is not None:
         dense, whole = align(
@@ -111,9 +112,9 @@ def train_step(
             batch["flip"],
             settings.grid,
             settings.num_classes,
-            moves=moves,
+            moves=batch.get("move"),
             smoothing=settings.label_smoothing,
-            official_axes=settings.transform.official_axes,
+            official_axes=settings.official_axes,
         )
         targets = losses.Targets(whole, dense=dense)
     if teacher is not None:

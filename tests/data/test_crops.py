@@ -191,7 +191,9 @@ def test_a_training_crop_has_pillows_pixels(interpolation, resample):
     image = photograph(300, 220)
     transform = TrainTransform((96, 128), interpolation=interpolation)
     for number in range(8):
-        ours, box, flip = transform.with_box(encode(image), tf.constant([2, number], tf.int64))
+        seed = tf.constant([2, number], tf.int64)
+        ours, box, flip, move = transform.with_geometry(encode(image), seed)
+        np.testing.assert_array_equal(move, np.eye(3))
         top, left, bottom, right = np.rint(box * [220, 300, 220, 300]).astype(int).tolist()
         theirs = np.asarray(image.crop((left, top, right, bottom)).resize((128, 96), resample))
         np.testing.assert_array_equal(ours, theirs[:, ::-1] if flip else theirs)
@@ -213,8 +215,8 @@ def test_a_crop_is_the_same_whatever_the_format():
     transform = TrainTransform((96, 96), interpolation="random")
     for number in range(6):
         seed = tf.constant([7, number], tf.int64)
-        (one, box, flip), (other, other_box, other_flip) = (
-            transform.with_box(encoded, seed) for encoded in (whole, part)
+        (one, box, flip, _), (other, other_box, other_flip, _) = (
+            transform.with_geometry(encoded, seed) for encoded in (whole, part)
         )
         assert abs(one.numpy().astype(float) - other.numpy()).mean() < 1
         np.testing.assert_array_equal(box, other_box)

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 
 from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.augmentation import Augmentation, RandAugment
 from spvit_jax.data.crops import EvalTransform, TrainTransform
 from spvit_jax.data.pipeline import BatchShard
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 
-TRANSFORM = TrainTransform(size=(12, 12), scale=(0.5, 1.0), flip=0.5, interpolation="bilinear")
+TRANSFORM = TrainTransform(
+    size=(12, 12),
+    scale=(0.5, 1.0),
+    flip=0.5,
+    interpolation="bilinear",
+    augmentation=Augmentation(True, 0.4, RandAugment(), fill=(9, 9, 9)),
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Token labels: ROI-align against its definition, labels that move with pixels, and the files."""
 
-import dataclasses
 import json
 import math
 
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from spvit_jax.augment import randaugment
 from spvit_jax.augment.label_maps import align, roi_align, scatter
-from spvit_jax.augment.mix import BatchTransform, mix_tokens, partners
-from spvit_jax.augment.randaugment import RandAugment
+from spvit_jax.augment.mix import mix_tokens, partners
 from spvit_jax.data import datasets, pipeline
+from spvit_jax.data.augmentation import Augmentation, Operation, RandAugment
 from spvit_jax.data.crops import TrainTransform
 from spvit_jax.data.token_labels.store import LabelMaps, write
 from spvit_jax.errors import InputError
@@ -125,30 +123,33 @@ def test_labels_are_cropped_and_flipped_with_the_pixels(box, flip):
     np.testing.assert_allclose(found, expected, atol=0.03)
 
 
-@pytest.mark.parametrize("name", randaugment.GEOMETRIC)
+def warped_coordinates(name, sign, size=112, grid=14, flip=False):
+    """What a warp makes of an image of coordinates.
+
+    Returns the mean x and y of the pixels of each cell [grid, grid, 2], as shares; whether all of
+    them are from inside the image; and the warp's affine map, as a batch has it [1, 3, 3].
+    """
+    y, x = places(size)
+    image = np.stack([200 * x, 200 * y, 0 * x], -1).astype(np.uint8)
+    image = np.ascontiguousarray(image[:, ::-1]) if flip else image
+    argument = sign * (18.0 if name == "ROTATE" else 0.2)
+    operations = np.array([[Operation[name], argument, 0]])
+    warped, move = Augmentation(fill=(255, 255, 255)).apply(image, operations)
+    cells = warped.reshape(grid, size // grid, grid, size // grid, 3)
+    inside = (cells[..., 2] == 0).all((1, 3))
+    assert inside.mean() > 0.4
+    return cells[..., :2].mean((1, 3)) / 200, inside, jnp.asarray(move)[None]
+
+
+@pytest.mark.parametrize(
+    "name", [operation.name for operation in Operation if operation >= Operation.ROTATE]
+)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_labels_are_moved_with_the_pixels(name, sign):
     """An image of coordinates and its label map of coordinates go through the same operation."""
-    size, grid = 112, (14, 14)
-    y, x = np.meshgrid(
-        (np.arange(size) + 0.5) / size, (np.arange(size) + 0.5) / size, indexing="ij"
-    )
-    image = jnp.asarray(np.stack([200 * x, 200 * y, 0 * x], -1), jnp.float32)
-    warped, matrix = randaugment.apply(
-        image,
-        randaugment.OPERATIONS.index(name),
-        jnp.float32(0.6),
-        jnp.float32(sign),
-        jnp.full(3, 255.0),
-        bicubic=jnp.array(False),
-    )
-    cells = np.asarray(warped).reshape(14, 8, 14, 8, 3).mean((1, 3))
-    outside = (np.asarray(warped)[..., 2] > 0).reshape(14, 8, 14, 8).any((1, 3))
-    scale = jnp.array([size, size, 1])
-    moves = (matrix * scale / scale[:, None])[None]
-    found = aligned_coordinates(coordinate_map(), (0.0, 0.0, 1.0, 1.0), False, grid, moves)
-    assert (~outside).mean() > 0.4
-    np.testing.assert_allclose(found[~outside], cells[~outside, :2] / 200, atol=0.04)
+    cells, inside, moves = warped_coordinates(name, sign)
+    found = aligned_coordinates(coordinate_map(), (0.0, 0.0, 1.0, 1.0), False, (14, 14), moves)
+    np.testing.assert_allclose(found[inside], cells[inside], atol=0.04)
 
 
 def test_official_axes_take_x_for_y():
@@ -158,30 +159,6 @@ def test_official_axes_take_x_for_y():
     assert ours[..., 0].min() > 0.5
     assert theirs[..., 1].min() > 0.5  # the bottom half
     assert theirs[..., 0].min() < 0.2
-
-    keys = jax.random.split(jax.random.key(0), 200)
-    images = jnp.zeros((200, 8, 8, 3))
-    policy = RandAugment(layers=1, probability=1.0)
-    _, right = jax.jit(policy)(images, keys, jnp.zeros(3))
-    _, wrong = jax.jit(lambda *a: policy(*a, official_axes=True))(images, keys, jnp.zeros(3))
-    sheared = np.asarray(right)[:, 0, 1] * (np.asarray(right)[:, 1, 0] == 0)
-    assert (sheared != 0).sum() > 5
-    np.testing.assert_allclose(np.asarray(wrong)[:, 1, 0][sheared != 0], sheared[sheared != 0])
-
-
-def test_moves_of_the_whole_transform_are_shares_of_the_image():
-    images = jax.random.randint(jax.random.key(1), (300, 8, 16, 3), 0, 255).astype(jnp.uint8)
-    transform = BatchTransform((0.5,) * 3, (0.5,) * 3, rand_augment=RandAugment(10, 0.0, 1))
-    _, _, moves = jax.jit(transform)(images, jnp.zeros((300, 2)), jax.random.key(0))
-    moves = np.asarray(moves)
-    along_x = moves[(moves[:, 0, 2] != 0) & (moves[:, 0, 1] == 0) & (moves[:, 1, 2] == 0)]
-    np.testing.assert_allclose(abs(along_x[:, 0, 2]), 0.45, atol=1e-5)
-    assert (
-        dataclasses.replace(transform, rand_augment=None)(
-            images, jnp.zeros((300, 2)), jax.random.key(0)
-        )[2]
-        is None
-    )
 
 
 def test_mix_token_gives_each_group_a_box_and_pairs_it_reversed():
@@ -280,7 +257,9 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
     def take(images, share):
         with pipeline.train_batches(
             images,
-            TrainTransform((12, 12), scale=(0.5, 0.9)),
+            TrainTransform(
+                (12, 12), (0.5, 0.9), augmentation=Augmentation(rand_augment=RandAugment())
+            ),
             batch_size=32,
             seed=1,
             start_step=3,
@@ -302,26 +281,13 @@ def test_label_maps_travel_with_their_images(data_dir, tmp_path):
         area = (y1 - y0) * (x1 - x0)
         assert ((area > 0.35) & (area <= 1)).all()
         assert 0 < batch["flip"].mean() < 1
+        moved = (batch["move"] != np.eye(3)).any((1, 2))
+        assert 0 < moved.mean() < 0.6
 
 
-@pytest.mark.parametrize("name", ["TranslateXRel", "Rotate"])
+@pytest.mark.parametrize("name", ["TRANSLATE_X", "ROTATE"])
 def test_labels_are_flipped_before_they_are_moved(name):
-    """As the pixels are: the host flips, and the device moves what it gets."""
-    size, grid = 112, (14, 14)
-    y, x = places(size)
-    flipped = jnp.asarray(np.stack([200 * x, 200 * y, 0 * x], -1)[:, ::-1], jnp.float32)
-    warped, matrix = randaugment.apply(
-        flipped,
-        randaugment.OPERATIONS.index(name),
-        jnp.float32(0.6),
-        jnp.float32(1.0),
-        jnp.full(3, 255.0),
-        bicubic=jnp.array(False),
-    )
-    cells = np.asarray(warped).reshape(14, 8, 14, 8, 3).mean((1, 3))
-    inside = (np.asarray(warped)[..., 2] == 0).reshape(14, 8, 14, 8).all((1, 3))
-    assert inside.mean() > 0.4
-    scale = jnp.array([size, size, 1])
-    moves = (matrix * scale / scale[:, None])[None]
-    found = aligned_coordinates(coordinate_map(), (0.0, 0.0, 1.0, 1.0), True, grid, moves)
-    np.testing.assert_allclose(found[inside], cells[inside, :2] / 200, atol=0.04)
+    """As the pixels are."""
+    cells, inside, moves = warped_coordinates(name, 1.0, flip=True)
+    found = aligned_coordinates(coordinate_map(), (0.0, 0.0, 1.0, 1.0), True, (14, 14), moves)
+    np.testing.assert_allclose(found[inside], cells[inside], atol=0.04)

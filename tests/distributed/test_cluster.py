@@ -185,7 +185,7 @@ def test_sigkill_of_one_ends_the_rest_and_one_process_goes_on(environment, alone
     process = interrupted(environment, tmp_path, signal.SIGKILL)
     said = ended(process, 1, seconds=60)
     assert "[1] ended with exit code 137" in said
-    assert "[0] ended with exit code 1\n" in said
+    assert "[0] ended with exit code" not in said  # 75: to be started again
     assert re.search(r"\[0\] error: .*another process of the cluster was lost", said)
     assert newest_step(tmp_path) < STEPS
     # Four devices, as before, but all of one process.
@@ -198,7 +198,7 @@ def test_sigkill_of_the_coordinator_ends_the_rest_and_the_run_goes_on(environmen
     process = interrupted(environment, tmp_path, signal.SIGKILL, rank=0)
     said = ended(process, 1, seconds=60)
     assert "[0] ended with exit code 137" in said
-    assert "[1] ended with exit code 1\n" in said
+    assert "[1] ended with exit code" not in said  # 75: to be started again
     assert re.search(r"\[1\] error: .*another process of the cluster was lost", said)
     assert newest_step(tmp_path) < STEPS
     ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={tmp_path}")), 0)

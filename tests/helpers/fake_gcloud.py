@@ -1,18 +1,19 @@
 """Stands in for gcloud: keeps a pod's state in a folder, records calls, fails and preempts as told.
 
 Its workers are processes of this machine, each with a home folder of its own, which live and die
-with the pod. The folder, named by FAKE_GCLOUD, has `plan.json` (what goes wrong; see `PLAN`),
-`state.json`, `calls.jsonl`, `bucket/`, and `home-N/` of each worker.
+with the pod. The folder, named by FAKE_GCLOUD, has `plan` (what goes wrong; see `PLAN`), `state`,
+`calls`, a folder of each bucket, and `home-N/` of each worker. The three are Python literals, since
+a test makes dozens of calls, and importing `json` or `re` takes longer than a call.
 """
 
-# Only what is quick to import: a test makes dozens of calls.
 import fcntl
-import json
 import os
-import signal
 import sys
 
 FOLDER = os.environ["FAKE_GCLOUD"]
+HERE = ("my-project", "us-west4-a")  # the only place where there is ever something
+NAME = "spvit-test"
+PATH = f"projects/{HERE[0]}/locations/{HERE[1]}"
 PLAN = {
     "workers": 3,
     "waits": 2,  # how often a new request is looked at before it is active
@@ -20,20 +21,23 @@ PLAN = {
     "deleting": 1,  # how often a resource that is being deleted is still seen
     "errors": [],  # [words in the call, message, times, whether the call takes effect all the same]
     "preempt": 0,  # which life of the pod ends at the next look at the workers, counted from 1
-    "unreachable": [],  # [worker, from the n-th look at the workers on, up to the m-th]
+    # [worker, from the n-th look at the workers on, up to the m-th, in which life (0: in all)]
+    "unreachable": [],
+    "health": "HEALTHY",
+    "type": None,  # what the pod is of, if not what it was asked for as
     "orphans": False,  # deleting a queued resource leaves its VM behind
 }
-EMPTY = {"resource": None, "node": None, "looks": 0, "lives": 0, "errors": []}
+EMPTY = {"resource": None, "node": None, "type": "", "looks": 0, "lives": 0, "errors": []}
 
 
 def main() -> int:
     args = sys.argv[1:]
     with open(f"{FOLDER}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        plan = PLAN | read("plan.json")
-        state = EMPTY | read("state.json")
-        with open(f"{FOLDER}/calls.jsonl", "a") as calls:
-            calls.write(json.dumps(args) + "\n")
+        plan = PLAN | read("plan")
+        state = EMPTY | read("state")
+        with open(f"{FOLDER}/calls", "a") as calls:
+            calls.write(f"{args!r}\n")
         try:
             error = planned_error(plan, state, args)
             if error and not error[3]:
@@ -43,8 +47,9 @@ def main() -> int:
             print(refused, file=sys.stderr)
             return 1
         finally:
-            with open(f"{FOLDER}/state.json", "w") as file:
-                json.dump(state, file)
+            with open(f"{FOLDER}/state.new", "w") as file:
+                file.write(repr(state))
+            os.replace(file.name, f"{FOLDER}/state")  # tests read it at any time
     # Not under the lock: workers run side by side, and so do calls.
     if error:  # what was asked for is done, and the answer is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -58,7 +63,7 @@ def main() -> int:
 def read(name):
     try:
         with open(f"{FOLDER}/{name}") as file:
-            return json.load(file)
+            return eval(file.read())
     except FileNotFoundError:
         return {}
 
@@ -80,12 +85,18 @@ def planned_error(plan, state, args):
 
 def answer(plan, state, args):
     """Does what a call asks for; returns the commands that it runs on workers."""
+    if args[0] == "alpha":
+        args = args[1:]
     assert args[:2] == ["compute", "tpus"], args
     group, verb, *rest = args[2:]
     flags = dict(arg[2:].partition("=")[::2] for arg in rest if arg.startswith("--"))
     words = [arg for arg in rest if not arg.startswith("--")]
-    assert flags["project"] == "my-project", flags
-    assert flags["zone"] == "us-west4-a", flags
+    if verb == "list":
+        list_all(state, group, flags)
+        return []
+    if (flags["project"], flags["zone"]) != HERE:
+        assert verb == "describe", args
+        raise Absent(f"projects/{flags['project']}/locations/{flags['zone']}", group)
     if (group, verb) == ("queued-resources", "create"):
         create(plan, state, words, flags)
     elif (group, verb) == ("queued-resources", "describe"):
@@ -100,7 +111,7 @@ def answer(plan, state, args):
         end_of_workers(state)
     elif (group, verb) == ("tpu-vm", "scp"):
         source, (name, _, target) = words[0], words[1].partition(":")
-        assert name == "spvit-test", name
+        assert name == NAME, name
         return [(n, f"cp {source} $HOME/{target}") for n in reachable(plan, state, flags)]
     elif (group, verb) == ("tpu-vm", "ssh"):
         if "worker.sh status" in flags["command"]:
@@ -116,18 +127,35 @@ def answer(plan, state, args):
     return []
 
 
+class Absent(Refused):
+    def __init__(self, path, group):
+        kind = {"queued-resources": "queuedResources", "tpu-vm": "nodes"}[group]
+        super().__init__(f"NOT_FOUND: Resource '{path}/{kind}/{NAME}' was not found")
+
+
 def find(state, what):
     if state[what] is None:
-        raise Refused("NOT_FOUND: Resource 'projects/my-project/…' was not found")
+        raise Absent(PATH, {"resource": "queued-resources", "node": "tpu-vm"}[what])
     return state[what]
+
+
+def list_all(state, group, flags):
+    assert flags["zone"] == "-", flags
+    what, kind = {
+        "queued-resources": ("resource", "queuedResources"),
+        "tpu-vm": ("node", "nodes"),
+    }[group]
+    if state[what] and flags["project"] == HERE[0]:
+        print(f"{PATH}/{kind}/another-{NAME}\n{PATH}/{kind}/{NAME}")
 
 
 def create(plan, state, words, flags):
     if state["resource"] is not None:
-        raise Refused("ALREADY_EXISTS: Resource 'projects/my-project/…' already exists")
-    assert words == ["spvit-test"], words
-    assert flags["node-id"] == "spvit-test", flags
+        raise Refused(f"ALREADY_EXISTS: Resource '{PATH}/queuedResources/{NAME}' already exists")
+    assert words == [NAME], words
+    assert flags["node-id"] == NAME, flags
     state["resource"] = ["WAITING_FOR_RESOURCES", plan["waits"]]
+    state["type"] = flags["accelerator-type"]
 
 
 def describe_resource(plan, state, flags):
@@ -167,7 +195,7 @@ def describe_node(plan, state):
         if node[1] < 0:
             state["node"] = None
             find(state, "node")
-    print(f"{node[0]},HEALTHY,{plan['workers']}")
+    print(f"{node[0]},{plan['health']},{plan['workers']},{plan['type'] or state['type']}")
 
 
 def end_of_workers(state):
@@ -175,7 +203,7 @@ def end_of_workers(state):
     for home in [name for name in os.listdir(FOLDER) if name.startswith("home-")]:
         try:
             with open(f"{FOLDER}/{home}/spvit_jax_run/pid") as file:
-                os.killpg(int(file.read()), signal.SIGKILL)
+                os.killpg(int(file.read()), 9)
         except (OSError, ValueError):
             pass  # it runs nothing
         os.rename(f"{FOLDER}/{home}", f"{FOLDER}/life-{state['lives']}-{home}")
@@ -186,7 +214,11 @@ def reachable(plan, state, flags):
     if node[0] != "READY":
         raise Refused(f"The TPU VM is in the terminal state {node[0]} and cannot be used.")
     numbers = range(plan["workers"]) if flags["worker"] == "all" else [int(flags["worker"])]
-    lost = {n for n, first, last in plan["unreachable"] if first <= state["looks"] <= last}
+    lost = {
+        n
+        for n, first, last, life in plan["unreachable"]
+        if first <= state["looks"] <= last and life in (0, state["lives"])
+    }
     return [-1 if n in lost else n for n in numbers]
 
 
@@ -201,7 +233,7 @@ def run_all(commands):
         environment = os.environ | {
             "HOME": home,
             "FAKE_WORKER": str(number),
-            "SPVIT_BUCKET_FOLDER": f"{home}/mounted",
+            "SPVIT_MOUNTS": f"{home}/mounts",
             "PATH": f"{FOLDER}/worker-bin:/usr/bin:/bin",
         }
         process = os.fork()

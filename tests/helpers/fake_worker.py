@@ -1,12 +1,10 @@
 """Acts as training on a worker: reports the cluster, counts steps, ends as told.
 
-`plan.json` beside the fake gcloud's state has, under "behaviour", what differs from `DEFAULT`: a
+`plan` beside the fake gcloud's state has, under "behaviour", what differs from `DEFAULT`: a
 list with one entry per attempt (the last also for all later ones) of worker's number → settings.
 """
 
-import json
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -19,18 +17,27 @@ DEFAULT = {
     "version": None,
     "devices": 4,
     "deaf": False,  # to SIGTERM
+    "vanish": False,  # at the end, without an exit code, as with its machine
 }
 
 
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
 def main():
-    folder, worker = pathlib.Path(os.environ["FAKE_GCLOUD"]), os.environ["FAKE_WORKER"]
-    bucket = pathlib.Path(os.environ["SPVIT_BUCKET_FOLDER"])
-    plan = json.loads((folder / "plan.json").read_text())
-    starts = folder / f"starts-{worker}"
-    number = len(starts.read_text()) if starts.exists() else 0
-    with starts.open("a") as file:
+    folder, worker = os.environ["FAKE_GCLOUD"], os.environ["FAKE_WORKER"]
+    plan = eval(read(f"{folder}/plan"))
+    starts = f"{folder}/starts-{worker}"
+    number = len(read(starts))
+    with open(starts, "a") as file:
         file.write("x")
-    (folder / f"arguments-{worker}.json").write_text(json.dumps(sys.argv[1:]))
+    with open(f"{folder}/arguments-{worker}", "w") as file:
+        file.write(repr(sys.argv[1:]))
     behaviour = plan.get("behaviour") or [{}]
     settings = DEFAULT | behaviour[min(number, len(behaviour) - 1)].get(worker, {})
 
@@ -40,22 +47,25 @@ def main():
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if settings["deaf"] else save)
     if settings["report"]:
-        version = settings["version"] or pathlib.Path("VERSION").read_text().strip()
+        version = settings["version"] or read("VERSION").strip()
         print(
             f"2026-11-22 01:02:03 cluster         process {worker} of {plan['workers']}, "
             f"code {version}, {settings['devices']} of {4 * plan['workers']} devices",
             file=sys.stderr,
         )
-    done = bucket / f"step-{worker}"
-    step = int(done.read_text()) if done.exists() else 0
+    done = f"{os.environ['SPVIT_MOUNTS']}/bucket/step-{worker}"
+    step = int(read(done) or 0)
     print(f"start at step {step}")
     while step < settings["steps"]:
         time.sleep(0.05)
         step += 1
-        done.write_text(str(step))
+        with open(done, "w") as file:
+            file.write(str(step))
         print(f"step {step}")
-    while settings["hang"] and not (folder / "release").exists():
+    while settings["hang"] and not os.path.exists(f"{folder}/release"):
         time.sleep(0.05)
+    if settings["vanish"]:
+        os.killpg(0, signal.SIGKILL)
     if settings["exit"]:
         print(f"error: this is why it ends with {settings['exit']}", file=sys.stderr)
     sys.exit(settings["exit"])

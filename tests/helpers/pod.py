@@ -1,6 +1,6 @@
 """A pod of pretence: a small checkout with the real `launch/`, and a fake gcloud on the PATH."""
 
-import json
+import ast
 import os
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-west4-a",
     "NAME": "spvit-test",
-    "ACCELERATOR": "v5e:4x4",
+    "ACCELERATOR": "v4:2x2x3",  # three VMs
     "PROVISIONING": "spot",
     "BUCKET": "my-bucket",
 }
@@ -22,7 +22,9 @@ ON_WORKERS = {
     "curl": 'echo "$FAKE_WORKER"',
     "sudo": 'exec "$@"',
     "mountpoint": 'test -L "${@: -1}"',
-    "gcsfuse": 'rmdir "${@: -1}" && ln -s ../bucket "${@: -1}"',
+    "gcsfuse": 'echo "$*" >>"$HOME/gcsfuse.log" && rmdir "${@: -1}" && '
+    'ln -s "../../${@: -2:1}" "${@: -1}"',
+    "fusermount": 'rm "$2"',
     # Makes an "environment" whose python notes what is installed.
     "python3.13": 'mkdir -p "$3/bin" && cp "$FAKE_GCLOUD/worker-bin/python" "$3/bin/python"',
     "python": f'if [[ "$1 $2" == "-m pip" ]]; then echo "$@" >>"$HOME/pip.log"; '
@@ -31,6 +33,8 @@ ON_WORKERS = {
 
 
 COMMAND = ("run", "python", "train.py")
+PLACE = "--name=spvit-test --zone=us-west4-a --project=my-project"
+DELETE = f"launch/tpu_pod.sh {PLACE} delete"
 
 
 class Pod:
@@ -48,7 +52,7 @@ class Pod:
             "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
             "FAKE_GCLOUD": str(self.folder),
             "TPU_POD_BACKOFF": "0",
-            "TPU_POD_POLL": "0.05",
+            "TPU_POD_POLL": "0.1",
             "TPU_POD_RETRIES": "3",
             "TPU_POD_REPORT_TIMEOUT": "20",
             "TPU_POD_EXIT_GRACE": "20",
@@ -64,7 +68,7 @@ class Pod:
 
     def make(self):
         """Makes what all tests begin with."""
-        for folder in ("bucket", "worker-bin", "bin"):
+        for folder in ("my-bucket", "my-data", "worker-bin", "bin"):
             (self.folder / folder).mkdir(parents=True)
         fake = (REPOSITORY / "tests/helpers/fake_gcloud.py").read_text()
         script(self.folder / "bin/gcloud", fake, f"{sys.executable} -IS")
@@ -96,7 +100,7 @@ class Pod:
 
     def plan(self, **plan):
         """Says what will happen; see PLAN of the fake gcloud, and DEFAULT of the fake worker."""
-        (self.folder / "plan.json").write_text(json.dumps({"workers": 3} | plan))
+        (self.folder / "plan").write_text(repr({"workers": 3} | plan))
 
     def settings(self, **changed):
         lines = [f"{key}={value}\n" for key, value in (SETTINGS | changed).items()]
@@ -115,21 +119,44 @@ class Pod:
 
     def __call__(self, *args, code=0, **environment):
         """Runs a verb to its end, which must have this exit code; returns what it said."""
+        calls = len(self.calls())
         process = self.start(*args, **environment)
+        said = self.outcome(process, code)
+        if args[0] in ("create", "run", "stop") and len(self.calls()) > calls:
+            self.check_that_the_rest_is_named(said)
+        return said
+
+    def outcome(self, process, code):
+        """Waits for a verb's end, which must have this exit code; returns what it said."""
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == code, stderr
         return stdout + stderr
 
+    def check_that_the_rest_is_named(self, said):
+        """Checks that what is left, and may cost money, is said, with what deletes it."""
+        left = self.state() != (None, None)
+        assert (DELETE in said) == left, said
+        assert self.record().exists() >= left
+
+    def record(self):
+        """The file that says that the pod has been asked for and not been seen gone since."""
+        return self.checkout / "runs/pods/created/my-project,us-west4-a,spvit-test"
+
     def calls(self, *words):
         """The calls, without `compute tpus`, that contain all words."""
-        path = self.folder / "calls.jsonl"
+        path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        calls = [" ".join(json.loads(line)[2:]) for line in lines]
+        calls = [" ".join(ast.literal_eval(line)[2:]) for line in lines]
         return [call for call in calls if all(word in call for word in words)]
 
     def state(self):
-        state = json.loads((self.folder / "state.json").read_text())
+        state = {"resource": None, "node": None} | self.facts()
         return tuple(state[what] and state[what][0] for what in ("resource", "node"))
+
+    def facts(self):
+        """What the fake gcloud knows of the pod."""
+        path = self.folder / "state"
+        return ast.literal_eval(path.read_text()) if path.exists() else {}
 
     def starts(self):
         """How often the command has been started on each worker."""
@@ -138,7 +165,7 @@ class Pod:
 
     def steps(self):
         """The steps that the workers have done, as they keep them in the bucket."""
-        paths = (self.folder / f"bucket/step-{n}" for n in range(3))
+        paths = (self.folder / f"my-bucket/step-{n}" for n in range(3))
         return [int(path.read_text() or 0) if path.exists() else 0 for path in paths]
 
     def log(self, worker):

@@ -62,14 +62,13 @@ class PlainAttention(nn.Module):
 
 
 def mask_heads(scores, grid, num_prefix, masked, radius, hard):
-    """MaiT's mask on the first heads: a patch's scores outside its neighbourhood are 0 or gone."""
+    """MaiT's mask on some heads: a patch's scores outside its neighbourhood are 0 or gone."""
     y = torch.arange(grid[0] * grid[1]) // grid[1]
     x = torch.arange(grid[0] * grid[1]) % grid[1]
     far = ((y[:, None] - y).abs() > radius[0]) | ((x[:, None] - x).abs() > radius[1])
     far = F.pad(far, (num_prefix, 0, num_prefix, 0))
-    first, rest = scores[:, :masked], scores[:, masked:]
-    first = first.masked_fill(far, -torch.inf) if hard else first * (~far)
-    return torch.cat([first, rest], 1)
+    far = torch.stack([far if head in masked else far & False for head in range(scores.shape[1])])
+    return scores.masked_fill(far, -torch.inf if hard else 0.0)
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ def templates(tmp_path_factory):
     pod = Pod(ready).copy(before)
     pod("create")
     pod("sync")
-    (pod.folder / "calls.jsonl").unlink()
+    (pod.folder / "calls").unlink()
     return before, ready
 
 
@@ -23,3 +23,4 @@ def pod(tmp_path, templates):
     pod = Pod(tmp_path, templates[1]).copy(templates[0])
     yield pod
     pod.end()
+    assert pod.state() == (None, None) or pod.record().exists()

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import yaml
 
+from spvit_jax.errors import START_AGAIN
 from tests.helpers import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -88,8 +89,30 @@ def test_the_workers_are_those_of_the_slice(job):
     assert pod["restartPolicy"] == "Never"  # which podFailurePolicy demands
     rules = [rule.get("onExitCodes") for rule in job["podFailurePolicy"]["rules"]]
     assert {rule["containerName"] for rule in rules if rule} == {container["name"]}
-    (volume,) = pod["volumes"]
-    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"]]
+    volumes = [volume["name"] for volume in pod["volumes"]]
+    assert [mount["name"] for mount in container["volumeMounts"]] == volumes
+    mounts = {
+        mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]
+    }
+    assert mounts == {"/bucket": False, "/data": True}
+    assert "--config.data.data_dir=/data" in container["args"]
+    assert "--workdir=/bucket/runs/RUN" in container["args"]
+
+
+def test_a_node_that_is_lost_never_counts_as_a_failure(manifest, job):
+    """Its survivors end with 75, long before the node is given up; then they wait for the next."""
+    assert START_AGAIN == 75
+    policy = manifest["spec"]["failurePolicy"]
+    unlimited = [
+        rule["onJobFailureMessagePatterns"]
+        for rule in policy["rules"]
+        if rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    ]
+    assert unlimited == [["exit code 75 "], ["condition DisruptionTarget "]]
+    assert policy["restartStrategy"] == "BlockingRecreate"
+    (container,) = job["template"]["spec"]["containers"]
+    (timeout,) = [arg for arg in container["args"] if arg.startswith("--cluster_timeout=")]
+    assert int(timeout.partition("=")[2]) >= 3600
 
 
 def test_the_table_of_slices_adds_up():
@@ -109,7 +132,7 @@ def test_what_has_to_be_replaced_is_said_at_the_head(manifest):
     head, _, body = (LAUNCH / "jobset.yaml").read_text().partition("apiVersion")
     lines = [line.partition("#")[0] for line in body.splitlines()]
     used = {word for line in lines for word in re.findall(r"\b[A-Z]{3,}\b", line)}
-    assert used == {"RUN", "IMAGE", "BUCKET", "ACCOUNT"}
+    assert used == {"RUN", "IMAGE", "BUCKET", "DATA", "ACCOUNT"}
     for word in used:
         assert re.search(rf"^#   {word} ", head, flags=re.MULTILINE)
     assert f"{manifest['metadata']['name']}" == "RUN"
@@ -157,6 +180,11 @@ def test_the_image_is_built_from_what_is_committed(tmp_path):
         assert result.stderr.startswith("error: expected an image's name")
 
 
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("**/*.sh")), ids=lambda path: path.name)
+def test_bash_can_read_each_script(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
 def test_the_dockerfile_takes_what_the_context_has():
     text = (LAUNCH / "Dockerfile").read_text()
     assert text.index("test -s VERSION") > text.index("COPY . .")
@@ -168,7 +196,7 @@ def test_the_files_that_the_readme_names_are_there():
     text = (LAUNCH / "README.md").read_text()
     for name in re.findall(r"launch/([\w.]+\.(?:sh|example))", text):
         assert (LAUNCH / name).exists(), name
-    for name in re.findall(r"\]\((?!https)([^)]+)\)", text):
+    for name in re.findall(r"\]\((?!https|#)([^)]+)\)", text):
         assert (LAUNCH / name).exists(), name
     help_text = subprocess.check_output(["bash", LAUNCH / "tpu_pod.sh", "--help"], text=True)
     for verb in set(re.findall(r"tpu_pod\.sh ([a-z]+)", text)):

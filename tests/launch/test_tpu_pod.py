@@ -1,6 +1,5 @@
 """tpu_pod.sh against a fake gcloud: settings, create, sync, delete, and dry runs."""
 
-import json
 import shlex
 
 import pytest
@@ -17,6 +16,12 @@ NOT_RIGHT = {
     "ACCELERATOR": ["v5e:4x4;id", "v5e 4x4", "h100-8", "v5e:4x"],
     "PROVISIONING": ["preemptible", ""],
     "BUCKET": ["gs://my-bucket", "my bucket", "a&b"],
+    "DATA_BUCKET": ["gs://my-data"],
+    "RESERVATION": ["a b"],
+    "MAX_RUN_DURATION": ["7", "7 days"],
+    "PRICE_PER_CHIP_HOUR": ["$1", "1,20"],
+    "INTERNAL_IPS": ["no"],
+    "IAP": ["true"],
     "RUNTIME_VERSION": ["v2 alpha"],
     "SERVICE_ACCOUNT": ["a@b|c"],
     "NETWORK": ["a&b"],
@@ -33,9 +38,26 @@ def test_values_that_could_not_be_right_are_refused_before_any_call(pod, key):
     assert pod.calls() == []
 
 
-def test_a_name_on_the_command_line_is_checked_as_well(pod):
-    said = pod("--name=a b", "delete", code=2)
-    assert said.startswith("error: NAME is 'a b'; expected ")
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"RESERVATION": "r"}, "RESERVATION is 'r' and PROVISIONING is 'spot'; expected reserved"),
+        ({"PROVISIONING": "flex-start"}, "'flex-start' without MAX_RUN_DURATION; set it"),
+        ({"MAX_RUN_DURATION": "7d"}, "'7d' and PROVISIONING is 'spot'; it goes with flex-start"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(pod, changed, words):
+    pod.settings(**changed)
+    said = pod("create", code=2)
+    assert words in said
+    assert said.count("\n") == 1
+    assert pod.calls() == []
+
+
+def test_a_place_on_the_command_line_is_checked_as_well(pod):
+    for key in ("NAME", "ZONE", "PROJECT"):
+        said = pod(f"--{key.lower()}=a b", "delete", code=2)
+        assert said.startswith(f"error: {key} is 'a b'; expected ")
     assert pod.calls() == []
 
 
@@ -55,6 +77,7 @@ def test_mistakes_on_the_command_line_are_one_line(pod):
         (("create", "now"), "unexpected argument 'now'"),
         (("--dry-run", "create"), "unknown flag '--dry-run'"),
         (("run",), "run needs a command"),
+        (("--delete_when_done", "create"), "--delete_when_done is a flag of run"),
         (("logs", "first"), "'first' is no worker's number"),
         (("--config=missing.env", "create"), "/missing.env; copy launch/pod.env.example"),
     ]:
@@ -95,8 +118,8 @@ def test_create_asks_once_and_waits_until_the_pod_is_there(pod):
     (call,) = pod.calls("create")
     assert call == (
         "queued-resources create spvit-test --project=my-project --zone=us-west4-a "
-        "--node-id=spvit-test --accelerator-type=v5litepod-16 "
-        "--runtime-version=v2-alpha-tpuv5-lite --spot "
+        "--node-id=spvit-test --accelerator-type=v4-24 "
+        "--runtime-version=tpu-ubuntu2204-base --spot "
         "--scopes=https://www.googleapis.com/auth/cloud-platform --async"
     )
     assert "WAITING_FOR_RESOURCES" in said
@@ -106,15 +129,54 @@ def test_create_asks_once_and_waits_until_the_pod_is_there(pod):
 
 
 @pytest.mark.parametrize(
-    ("provisioning", "flags"), [("on-demand", set()), ("reserved", {"--reserved"})]
+    ("changed", "group", "flags"),
+    [
+        ({"PROVISIONING": "on-demand"}, "compute", []),
+        ({"PROVISIONING": "reserved"}, "compute", ["--reserved"]),
+        (
+            {"PROVISIONING": "reserved", "RESERVATION": "mine"},
+            "alpha",
+            ["--reservation=mine"],
+        ),
+        (
+            {"PROVISIONING": "flex-start", "MAX_RUN_DURATION": "7d"},
+            "alpha",
+            ["--provisioning-model=flex-start", "--max-run-duration=7d"],
+        ),
+    ],
 )
-def test_what_is_asked_for_is_what_the_settings_say(pod, provisioning, flags):
+def test_what_is_asked_for_is_what_the_settings_say(pod, changed, group, flags):
     account = "trainer@my-project.iam.gserviceaccount.com"
-    pod.settings(PROVISIONING=provisioning, SERVICE_ACCOUNT=account, NETWORK="net")
+    pod.settings(SERVICE_ACCOUNT=account, NETWORK="net", INTERNAL_IPS="yes", **changed)
     (call,) = [line for line in pod("--dry_run", "create").splitlines() if " create " in line]
-    words = set(shlex.split(call))
-    assert words & {"--spot", "--reserved"} == flags
-    assert {f"--service-account={account}", "--network=net"} <= words
+    words = shlex.split(call)
+    kinds = ("--spot", "--reserv", "--provisioning", "--max-run")
+    assert [word for word in words if word.startswith(kinds)] == flags
+    assert {f"--service-account={account}", "--network=net", "--internal-ips"} <= set(words)
+    assert words[1] == group
+
+
+@pytest.mark.parametrize(
+    ("changed", "group", "flag"),
+    [
+        ({}, "compute", None),
+        ({"INTERNAL_IPS": "yes"}, "compute", "--internal-ip"),
+        ({"INTERNAL_IPS": "yes", "IAP": "yes"}, "alpha", "--tunnel-through-iap"),
+    ],
+)
+def test_workers_are_reached_as_the_settings_say(pod, changed, group, flag):
+    pod.settings(**changed)
+    printed = [
+        shlex.split(line)
+        for verb in (["sync"], ["run", "python", "train.py"], ["logs"])
+        for line in pod("--dry_run", *verb).splitlines()
+    ]
+    calls = [line for line in printed if {"ssh", "scp"} & set(line)]
+    assert len(calls) == 3 + 3 + 1
+    for call in calls:
+        assert call[1] == group
+        found = [word for word in call if word in ("--internal-ip", "--tunnel-through-iap")]
+        assert found == [flag] * bool(flag)
 
 
 def test_what_may_pass_is_tried_again(pod):
@@ -164,6 +226,19 @@ def test_a_refusal_is_not_tried_again(pod, message):
     pod.plan(errors=[["create", message, 99, False]])
     assert f"error: gcloud refused: ERROR: (gcloud.compute.tpus) {message}" in pod("create", code=1)
     assert len(pod.calls("create")) == 1
+    assert not pod.record().exists()
+
+
+REASON = """RESOURCE_EXHAUSTED: Quota exceeded.
+- '@type': type.googleapis.com/google.rpc.ErrorInfo
+  reason: the one that matters"""
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["request", "call"])
+def test_a_reason_of_several_lines_is_shown_whole(pod, fails):
+    pod.plan(**{"fails": REASON} if fails else {"errors": [["create", REASON, 99, False]]})
+    said = pod("create", code=1)
+    assert REASON.replace("\n", "\n    ") in said
 
 
 def test_a_request_that_fails_leaves_nothing_behind(pod):
@@ -171,6 +246,7 @@ def test_a_request_that_fails_leaves_nothing_behind(pod):
     said = pod("create", code=1)
     assert "the request failed: There is no more capacity in the zone" in said
     assert pod.state() == (None, None)
+    assert not pod.record().exists()
 
 
 def test_delete_returns_when_all_is_gone(pod):
@@ -205,8 +281,7 @@ def test_delete_says_so_if_something_stays(pod):
 def test_create_does_not_take_over_a_vm_that_it_did_not_ask_for(pod):
     pod.ready()
     pod.plan(orphans=True)
-    state = json.loads((pod.folder / "state.json").read_text())
-    (pod.folder / "state.json").write_text(json.dumps(state | {"resource": None}))
+    (pod.folder / "state").write_text(repr(pod.facts() | {"resource": None}))
     assert "there is a TPU VM spvit-test without a queued resource" in pod("create", code=2)
     assert pod.state() == (None, "READY")
 
@@ -234,6 +309,65 @@ def test_sync_brings_the_committed_code_to_all_workers(pod):
         assert not (home / "spvit_jax/train.py").exists()
         # The requirements are the same, and so is the environment.
         assert len((home / "pip.log").read_text().splitlines()) == 1
+
+
+def test_data_and_checkpoints_have_mounts_of_their_own(pod):
+    """What other workers write is seen at once; what nobody writes is kept in mind."""
+    pod.settings(DATA_BUCKET="my-data")
+    pod("create")
+    (pod.folder / "my-data/a").touch()
+    pod("sync")
+    for number in range(3):
+        home = pod.folder / f"home-{number}"
+        assert (home / "mounts/data/a").exists()
+        calls = [line.split() for line in (home / "gcsfuse.log").read_text().splitlines()]
+        assert [call[-2] for call in calls] == ["my-bucket", "my-data"]
+        assert "--metadata-cache-ttl-secs=0" in calls[0]
+        assert {"ro", "--metadata-cache-ttl-secs=-1"} <= set(calls[1])
+    (pod.folder / "other-data").mkdir()
+    pod.settings(DATA_BUCKET="other-data")
+    pod("sync")  # the other bucket takes the place of the first; that of the runs stays
+    for number in range(3):
+        home = pod.folder / f"home-{number}"
+        assert (home / "mounts/data").resolve() == pod.folder / "other-data"
+        assert len((home / "gcsfuse.log").read_text().splitlines()) == 3
+
+
+def test_a_bucket_that_cannot_be_mounted_is_said(pod):
+    pod("create")
+    script = '#!/bin/bash\n[[ $FAKE_WORKER != 1 ]] || { echo "bucket does not exist"; exit 1; }\n'
+    (pod.folder / "worker-bin/gcsfuse").write_text(script)
+    said = pod("sync", code=1)
+    assert "error: worker 1 failed to mount a bucket: bucket does not exist" in said
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"workers": 2}, "has 2 workers, and v4-24 consists of 3; delete it"),
+        ({"type": "v4-16"}, "is a v4-16, and ACCELERATOR is v4:2x2x3 (v4-24); delete it"),
+    ],
+)
+def test_a_pod_that_is_not_what_the_settings_ask_for_is_refused(pod, plan, words):
+    pod.ready()
+    pod.plan(**plan)
+    for args in ["create"], ["sync"], COMMAND:
+        assert words in pod(*args, code=2)
+    assert words.split(";")[0] in pod("status")
+    assert pod.calls("scp") == pod.calls("worker.sh start") == []
+
+
+def test_a_host_that_ssh_does_not_find_is_not_a_pod_that_is_not_there(pod):
+    pod("create")
+    host = "[/usr/bin/ssh] exited with return code [255].\nHost key for 10.0.0.2 was not found"
+    keys = "Could not fetch resource: NOT_FOUND: the keys of the project"
+    pod.plan(errors=[["tpu-vm scp", host, 1, False], ["tpu-vm scp", keys, 1, False]])
+    said = pod("sync")
+    assert "Host key for 10.0.0.2 was not found" in said
+    assert f"try 2 of 4: ERROR: (gcloud.compute.tpus) {keys}" in said
+    path = "projects/my-project/locations/us-west4-a/nodes/spvit-test"
+    pod.plan(errors=[["tpu-vm scp", f"NOT_FOUND: Resource '{path}' was not found", 2, False]])
+    assert "there is no TPU VM spvit-test" in pod("sync", code=1)
 
 
 def test_what_goes_wrong_on_a_worker_is_said(pod):

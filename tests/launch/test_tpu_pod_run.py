@@ -1,7 +1,6 @@
 """tpu_pod.sh run and stop: one command on all workers, through failures and preemption."""
 
-import json
-import shutil
+import ast
 import signal
 
 import pytest
@@ -15,7 +14,7 @@ def test_run_starts_the_same_command_on_all_workers_and_keeps_their_logs(pod):
     said = pod(*COMMAND, *tricky)
     assert pod.starts() == [1, 1, 1]
     for number in range(3):
-        given = json.loads((pod.folder / f"arguments-{number}.json").read_text())
+        given = ast.literal_eval((pod.folder / f"arguments-{number}").read_text())
         assert given == tricky
         log = pod.log(number)
         assert f"process {number} of 3, code {pod.version}, 4 of 12 devices" in log
@@ -57,6 +56,20 @@ def test_after_preemption_the_pod_is_asked_for_again_and_the_run_goes_on(pod):
         f"2026-11-22 01:02:03 cluster         process 0 of 3, code {before}, 4 of 12 devices",
         "start at step 4",
     ]
+
+
+def test_half_a_pod_after_preemption_is_refused_and_not_tried_again(pod):
+    pod.ready()
+    behaviour = [{str(n): {"hang": True} for n in range(3)}]
+    pod.plan(behaviour=behaviour)
+    process = pod.start(*COMMAND)
+    pod.wait_for(lambda: pod.starts() == [1, 1, 1])
+    pod.plan(behaviour=behaviour, preempt=1, workers=2)
+    said = pod.outcome(process, 2)
+    assert "has 2 workers, and v4-24 consists of 3" in said
+    pod.check_that_the_rest_is_named(said)
+    assert len(pod.calls("queued-resources create")) == 1
+    assert pod.calls("scp") == []
 
 
 def test_exit_code_75_starts_the_command_again_on_the_same_pod(pod):
@@ -126,7 +139,7 @@ def test_a_worker_that_hangs_when_the_others_have_ended_is_killed(pod):
 
 def test_a_worker_that_cannot_be_reached_for_a_while_does_not_end_the_run(pod):
     pod.ready()
-    pod.plan(behaviour=[{"0": {"steps": 15}}], unreachable=[[2, 2, 4]])
+    pod.plan(behaviour=[{"0": {"steps": 15}}], unreachable=[[2, 2, 4, 0]])
     said = pod(*COMMAND)
     assert "worker 2 did not answer" in said
     assert pod.starts() == [1, 1, 1]
@@ -190,14 +203,14 @@ def test_a_command_that_only_some_workers_run_is_started_anew_on_all(pod):
     pod.wait_for(lambda: pod.starts() == [1, 1, 1])
     process.kill()
     process.communicate()
-    shutil.rmtree(pod.folder / "home-2/spvit_jax_run")  # as if its disk were new
+    (pod.folder / "home-2/spvit_jax_run/id").unlink()  # as if it had not been started there
     assert "only worker 0, 1 has a part; starting it anew on all" in pod(*COMMAND)
     assert pod.starts() == [2, 2, 2]
 
 
 def test_a_start_whose_answer_was_lost_is_not_done_twice(pod):
     pod.ready()
-    pod.plan(errors=[["worker.sh start", "Connection reset", 1, True]], unreachable=[[2, 1, 1]])
+    pod.plan(errors=[["worker.sh start", "Connection reset", 1, True]], unreachable=[[2, 1, 1, 0]])
     pod(*COMMAND)
     assert pod.starts() == [1, 1, 1]
 

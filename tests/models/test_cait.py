@@ -16,7 +16,7 @@ from tests.helpers.variables import random_variables, run
 @pytest.mark.parametrize("kind", [None, "soft", "hard"])
 def test_talking_heads_mix_scores_then_weights_and_masks_act_between(kind):
     dim, heads, grid = 12, 3, (3, 5)
-    mask = LocalityMask(2, (1, 1), kind) if kind else None
+    mask = LocalityMask((0, 1), (1, 1), kind) if kind else None
     with jax.enable_x64(True):
         module = Attention(
             dim,

@@ -88,8 +88,27 @@ def test_spvit_l_as_its_authors_trained_it():
 )
 def test_masked_heads_are_an_argument_of_every_family(name, schedule, expected):
     config = model_config(name, masked_heads=schedule)
-    assert config.masked_per_layer() == expected
+    assert list(map(len, config.masked_per_layer())) == expected
     assert count_parameters(config) == count_parameters(model_config(name))
+
+
+SCHEDULES = {
+    ((1, 2), (2, 1), (1, 0)): [(0, 1), (0,), (0,), ()],
+    ((1, (0, 2)), (3, ())): [(0, 2), (), (), ()],
+    ((2, (2, 1)), (2, 1)): [(1, 2), (1, 2), (0,), (0,)],
+    ((0, 2), (1,), (), (2,)): [(0, 2), (1,), (), (2,)],
+    (3, (0, 2), 1, 0): [(0, 1, 2), (0, 2), (0,), ()],
+    (3, 1, 1, 0): [(0, 1, 2), (0,), (0,), ()],
+    # Pairs of numbers alone are layers and heads, whatever else they might be.
+    ((1, 2), (1, 0), (1, 2), (1, 0)): [(0, 1), (), (0, 1), ()],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_masked_heads_are_numbers_of_them_or_named(schedule):
+    config = model_config("mait_t", depth=4, masked_heads=schedule)
+    assert config.masked_per_layer() == SCHEDULES[schedule]
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_settings_survive_json():
@@ -170,8 +189,10 @@ def test_layer_scale_adds_two_factors_per_channel_and_layer():
 
 
 def test_default_mask_schedule_is_thirds():
-    assert model_config("mait_s").masked_per_layer() == [6] * 8 + [1] * 8 + [0] * 8
-    assert model_config("mait_t", depth=36).masked_per_layer() == [3] * 12 + [1] * 12 + [0] * 12
+    masked = model_config("mait_s").masked_per_layer()
+    assert masked == [(0, 1, 2, 3, 4, 5)] * 8 + [(0,)] * 8 + [()] * 8
+    masked = model_config("mait_t", depth=36).masked_per_layer()
+    assert masked == [(0, 1, 2)] * 12 + [(0,)] * 12 + [()] * 12
 
 
 def test_list_models_takes_a_pattern():
@@ -234,13 +255,20 @@ def test_same_seed_same_weights():
         ("mait_s", {"masked_heads": ((8, 6), (8, 1))}, "covers 16 layers, the model has 24"),
         ("mait_s", {"masked_heads": ((8, 7), (16, 1))}, "asks for 7 masked heads"),
         ("mait_s", {"masked_heads": "halves"}, "'thirds'"),
+        ("mait_s", {"depth": 2, "masked_heads": ((0, 6), 0)}, "names head 6 in layer 0, which has"),
+        ("mait_s", {"depth": 2, "masked_heads": ((3, 3), ())}, "names head 3 twice in layer 0"),
+        ("mait_s", {"depth": 1, "masked_heads": ((-1,),)}, "names head -1 in layer 0, which has"),
+        ("mait_s", {"depth": 2, "masked_heads": ((0,),)}, "covers 1 layers, the model has 2"),
+        ("mait_s", {"depth": 2, "masked_heads": ((0, 2), (0, 1))}, "one layer are written (1, (0"),
+        ("mait_s", {"depth": 2, "masked_heads": ((1, (0, 2)), 1)}, "or pairs (layers, heads"),
+        ("mait_s", {"depth": 1, "masked_heads": ((-1, 2), (2, 1))}, "negative number of layers"),
         ("mait_s", {"mask_kind": "fuzzy"}, "'soft' or 'hard'"),
         ("cait_s24", {"masked_heads": ((12, 9), (12, 0))}, "asks for 9 masked heads in layer 0"),
         ("swin_t", {"masked_heads": ((12, 4),)}, "asks for 4 masked heads in layer 0, which has 3"),
         ("swin_t", {"depths": (2, 0, 2)}, "expected whole numbers of at least 1"),
         ("swin_t", {"window": 0}, "window is 0; expected a whole number or None of at least 1"),
         ("swin_t", {"image_size": 226}, "226×226 is not a multiple of patch_size 4"),
-        ("swin_t", {"spatial_layers": 2}, "has no field 'spatial_layers'"),
+        ("swin_t", {"stem_width": 2}, "has no field 'stem_width'"),
         ("spvit_s", {"class_token_layer": 16}, "at most 15"),
         ("deit_s", {"drop_path": 1.0}, "rate in"),
         ("deit_s", {"dtype": "float16"}, "expected float32, bfloat16"),

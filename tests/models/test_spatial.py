@@ -84,24 +84,24 @@ def test_prior_of_a_block_can_be_called_alone_on_any_grid():
 @pytest.mark.parametrize("radius", [(1, 1), (1, 2), (2, 2), (0, 0), (20, 20)])
 @pytest.mark.parametrize("num_prefix", [0, 2])
 def test_neighbourhood_equals_its_definition(grid, radius, num_prefix):
-    mask = LocalityMask(1, radius)
+    mask = LocalityMask((0,), radius)
     expected = numpy_models.neighbourhood(grid, radius, num_prefix)
     np.testing.assert_array_equal(mask.neighbourhood(grid, num_prefix), expected)
 
 
 def test_uniform_attention_has_the_known_locality():
-    near = LocalityMask(1).neighbourhood((14, 14), num_prefix=1)
+    near = LocalityMask((0,)).neighbourhood((14, 14), num_prefix=1)
     assert near.sum() == 1993
     assert near.mean() == pytest.approx(0.05135, abs=5e-6)
 
 
 def test_only_the_first_heads_are_masked():
-    mask = LocalityMask(2, (1, 1))
+    mask = LocalityMask((0, 1), (1, 1))
     near = np.asarray(mask.neighbourhood((4, 4), 1))
     gain = mask.gain(3, (4, 4), 1)
     np.testing.assert_array_equal(gain[:2], np.stack([near, near]))
     assert (gain[2] == 1).all()
-    bias = LocalityMask(2, (1, 1), "hard").bias(3, (4, 4), 1)
+    bias = LocalityMask((0, 1), (1, 1), "hard").bias(3, (4, 4), 1)
     np.testing.assert_array_equal(bias[0], np.where(near, 0, -np.inf))
     assert (bias[2] == 0).all()
 
@@ -109,4 +109,4 @@ def test_only_the_first_heads_are_masked():
 @pytest.mark.parametrize(("radius", "kind"), [((-1, 1), "soft"), ((1, 1), "fuzzy")])
 def test_masks_that_mean_nothing_are_refused(radius, kind):
     with pytest.raises(InputError, match="mask_"):
-        LocalityMask(1, radius, kind)
+        LocalityMask((0,), radius, kind)
