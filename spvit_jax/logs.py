@@ -15,9 +15,9 @@ from typing import Self
 from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import distributed
+from spvit_jax import distributed, paths
+from spvit_jax.append_only import AppendOnlyFile
 from spvit_jax.errors import InputError
-from spvit_jax.growing import GrowingFile
 
 log = logging.getLogger("spvit_jax")
 
@@ -40,11 +40,14 @@ class _Screen(logging.Handler):
 
 
 class _File(logging.Handler):
-    """Handler of a log file that stops, with one warning, once the file cannot be written."""
+    """Handler of a log file that stops, with one warning, once the file cannot be written.
+
+    That of a bucket goes on: what it cannot write now is written with what comes later.
+    """
 
     def __init__(self, path: epath.Path):
         super().__init__()
-        self._file = GrowingFile(path)
+        self._file = AppendOnlyFile(path)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -53,12 +56,18 @@ class _File(logging.Handler):
             self._give_up(error)
 
     def flush(self) -> None:
+        self.acquire()
         try:
             self._file.flush()
         except OSError as error:
             self._give_up(error)
+        finally:
+            self.release()
 
     def _give_up(self, error: OSError) -> None:
+        if paths.is_remote(self._file.path):
+            log.warning("warning: %s cannot be written yet: %s", self._file.path, error)
+            return
         log.removeHandler(self)
         log.warning("warning: %s goes no further: %s", self._file.path, error)
 

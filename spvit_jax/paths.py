@@ -2,7 +2,7 @@
 
 Every path that a user gives goes through `parse`, and is an `epath.Path`, which has pathlib's
 methods for both kinds. What differs between them beyond those methods is here. Files that appear
-whole are written in `atomic.py`, and files that grow in `growing.py`.
+whole are written in `atomic.py`, and files that grow in `append_only.py`.
 
 A bucket has objects rather than files and folders: an object is put whole and cannot be appended
 to, and a folder is there when an object's name begins with its own.
@@ -11,6 +11,7 @@ to, and a folder is there when an object's name begins with its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import pathlib
@@ -21,11 +22,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 from etils import epath
 from fsspec import asyn
-from fsspec import config as fsspec_config
 
-from spvit_jax.errors import InputError, first_line
+from spvit_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gcsfs import GCSFileSystem
@@ -34,9 +35,10 @@ _GS = "gs://"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3|hdfs|file|https?):|.*://)")
 _ROOTS = re.compile(r"/(gs|s3|az|hf)(/|$)")  # where epath keeps URLs among the local paths
 _TIMEOUT = 20  # seconds for the first answer of a bucket
+_CLIENT = ("aiohttp", "gcsfs", "google", "requests")  # packages whose exceptions it raises
 
 # gcsfs keeps listings, and would not see what other processes write.
-fsspec_config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def parse(text: str | os.PathLike[str]) -> epath.Path:
@@ -51,7 +53,12 @@ def parse(text: str | os.PathLike[str]) -> epath.Path:
         if not bucket:
             raise InputError(f"{text} names no bucket; expected gs://BUCKET/NAME")
         _check_bucket(bucket)
-    elif _URL.match(text) or _ROOTS.match(text):
+    elif _ROOTS.match(text):
+        raise InputError(
+            f"{text} cannot be told from a URL by etils.epath; expected gs://BUCKET/NAME, or a "
+            "folder that is not in /gs, /s3, /az or /hf"
+        )
+    elif _URL.match(text):
         raise InputError(
             f"{text} names a place that cannot be read or written; expected a path on this "
             "machine, or gs://BUCKET/NAME"
@@ -133,8 +140,8 @@ def free_space(folder: epath.Path) -> int | None:
 
 def _nearest(folder: epath.Path) -> pathlib.Path:
     """Returns a local folder or, where it is not there yet, the nearest one above it."""
-    absolute = pathlib.Path(folder).absolute()
-    return next(path for path in (absolute, *absolute.parents) if path.exists())
+    whole = pathlib.Path(folder).absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
 
 
 @contextlib.contextmanager
@@ -188,8 +195,8 @@ def put_folder(source: pathlib.Path, target: epath.Path, *, last: Sequence[str])
     Raises:
       OSError: an object cannot be written.
     """
-    names = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
-    for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+    names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+    for name in _in_order(names, last):
         put(source / name, target / name)
 
 
@@ -204,9 +211,8 @@ def move_folder(source: epath.Path, target: epath.Path, *, last: Sequence[str] =
     if not is_remote(source):
         source.rename(target)
         return
-    names = files_below(source)
     with reached():
-        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+        for name in _in_order(files_below(source), last):
             _file_system().cp_file(str(source / name), str(target / name))
         source.rmtree()
 
@@ -244,15 +250,14 @@ def reached() -> Iterator[None]:
     """Raises an `OSError` of one line in place of any exception of the client of buckets."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "No such object or bucket", str(error)) from error
     except Exception as error:
-        if isinstance(error, OSError) and not str(error).startswith("Forbidden"):
-            raise
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENT:
-            raise OSError(" ".join(first_line(error).split())) from error
+        # What gcsfs raises without permission is an `OSError` itself, of two lines.
+        of_client = type(error).__module__.partition(".")[0] in _CLIENT
+        if of_client or (type(error) is OSError and error.errno is None):
+            raise OSError(" ".join(str(error).split())) from error
         raise
-
-
-_CLIENT = ("aiohttp", "gcsfs", "google", "requests")
 
 
 @functools.cache
@@ -261,8 +266,8 @@ def _check_bucket(bucket: str) -> None:
     try:
         with reached():
             client = _file_system()
-            listing = client._call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
-            asyn.sync(client.loop, lambda: listing, timeout=_TIMEOUT)
+            query = {"maxResults": 1, "json_out": True, "timeout": _TIMEOUT}
+            asyn.sync(client.loop, client._call, "GET", "b/{}/o", bucket, **query)
     except FileNotFoundError as error:
         raise InputError(
             f"there is no bucket gs://{bucket}; make it first, or check its name"
@@ -278,9 +283,12 @@ def _check_bucket(bucket: str) -> None:
         ) from error
 
 
+def _in_order(names: Sequence[str], last: Sequence[str]) -> list[str]:
+    """Returns names in their order, but those in `last` behind all others, in its order."""
+    return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
+
+
 def _file_system() -> GCSFileSystem:
     """Returns the client of buckets, which is imported when the first path needs it."""
-    import fsspec
-
-    client: Any = fsspec.filesystem("gcs")
+    client: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath has, too
     return client

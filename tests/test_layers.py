@@ -16,18 +16,18 @@ PACKAGE = REPOSITORY / "spvit_jax"
 LAYERS = (
     {"errors", "help"},
     {"paths"},
-    {"atomic", "growing"},
+    {"atomic", "append_only"},
     {"classes", "kernels"},
     {"models"},
     {"distributed"},
     {"logs", "config"},
-    {"recipes", "augment", "interop"},
+    {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
     {"weights"},
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.

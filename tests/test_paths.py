@@ -6,6 +6,8 @@ import json
 import signal
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -13,11 +15,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spvit_jax import atomic, paths
+from spvit_jax.append_only import AppendOnlyFile
 from spvit_jax.data.folders import FolderSource
 from spvit_jax.data.token_labels import store
 from spvit_jax.errors import InputError
-from spvit_jax.growing import GrowingFile
 from spvit_jax.interop import files
+from spvit_jax.models import model_config
 from spvit_jax.training import checkpoint
 from spvit_jax.training.tensorboard import EventFile
 from tests.helpers.bucket import answered_by, serving
@@ -136,7 +139,7 @@ def test_a_file_that_grows_in_a_bucket(folder, monkeypatch):
     monkeypatch.setattr(
         paths, "put_bytes", lambda data, to: (sizes.append(len(data)), put(data, to))
     )
-    file = GrowingFile(folder / "log", clock=lambda: now[0])
+    file = AppendOnlyFile(folder / "log", clock=lambda: now[0])
     for _ in range(100):
         file.write(b"line\n")
     assert sizes == []
@@ -148,15 +151,33 @@ def test_a_file_that_grows_in_a_bucket(folder, monkeypatch):
     file.flush()
     file.flush()
     assert sizes == [505, 510]
-    other = GrowingFile(folder / "log")
+    other = AppendOnlyFile(folder / "log")
     other.write(b"more\n")
     other.flush()
     assert file.path.read_bytes() == b"line\n" * 101 + b"last\nmore\n"
 
 
+def test_a_bucket_that_is_away_for_a_while_loses_nothing(folder, monkeypatch):
+    now, put = [0.0], paths.put_bytes
+
+    def refuse(data, to):
+        raise OSError("away")
+
+    file = AppendOnlyFile(folder / "log", clock=lambda: now[0])
+    monkeypatch.setattr(paths, "put_bytes", refuse)
+    now[0] = 61.0
+    file.write(b"one\n")  # tries, and keeps it
+    with pytest.raises(OSError, match="away"):
+        file.flush()
+    monkeypatch.setattr(paths, "put_bytes", put)
+    file.write(b"two\n")
+    file.flush()
+    assert file.path.read_bytes() == b"one\ntwo\n"
+
+
 def test_a_file_that_grows_on_a_disk_is_closed_after_each_write(tmp_path):
     """On a mount of gcsfuse it is in the bucket only then."""
-    file = GrowingFile(epath.Path(tmp_path / "log"))
+    file = AppendOnlyFile(epath.Path(tmp_path / "log"))
     file.write(b"one\n")
     opened = {path.resolve() for path in epath.Path("/proc/self/fd").iterdir()}
     assert (tmp_path / "log") not in opened
@@ -232,8 +253,29 @@ def test_files_of_weights_are_read_and_written(suffix, folder):
         files.read(folder / f"none.{suffix}")
 
 
-def test_a_checkpoint_counts_once_it_is_complete(folder):
-    (folder / "checkpoints" / "10" / "commit_success.txt").write_text("done")
-    (folder / "checkpoints" / "20" / "default" / "_METADATA").write_text("half of it")
-    assert checkpoint.newest(folder) == 10
-    assert checkpoint.newest(folder / "none") is None
+def test_half_a_checkpoint_is_none_and_a_damaged_one_is_moved_aside(folder, log):
+    def open_checkpoints():
+        model = model_config("deit_ti")
+        return checkpoint.Checkpoints(folder, model, (), keep_last=3, keep_best=1)
+
+    states = {step: {"model": jnp.full((3,), float(step))} for step in (1, 2, 3)}
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), states[1]
+    )
+    assert checkpoint.newest(folder) is None
+    with open_checkpoints() as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+    steps = folder / "checkpoints"
+    (steps / "3" / "commit_success.txt").unlink()  # it has its name from the start
+    assert checkpoint.newest(folder) == 2
+    for path in (steps / "2" / "default" / "d").iterdir():
+        path.unlink()
+    with open_checkpoints() as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(abstract)["model"], [1, 1, 1])
+        assert checkpoint.newest(folder) == 1
+        for step in (2, 3):
+            checkpoints.save(step, states[step])
+    with open_checkpoints() as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(abstract)["model"], [3, 3, 3])
+    assert (folder / "corrupt-checkpoints" / "2" / "commit_success.txt").exists()

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from spvit_jax import atomic, distributed, logs
 from spvit_jax import config as config_lib
+from spvit_jax.append_only import AppendOnlyFile
 from spvit_jax.errors import writing
-from spvit_jax.growing import GrowingFile
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
@@ -120,8 +120,8 @@ class Reporter:
         self._open_writers = open_writers
         self._writers: Sequence[MetricWriter] = ()
         # Both None in the processes that do not report.
-        self._records: GrowingFile | None = None
-        self._times: GrowingFile | None = None
+        self._records: AppendOnlyFile | None = None
+        self._times: AppendOnlyFile | None = None
         self._stack = contextlib.ExitStack()
         if distributed.is_primary():
             _drop_records_after(self._path, start_step, evaluates=evaluates)
@@ -273,7 +273,7 @@ class Reporter:
         self._write(self._records, {"step": self._step, **named})
         self._plot(named)
 
-    def _write(self, file: GrowingFile | None, record: dict[str, float]) -> None:
+    def _write(self, file: AppendOnlyFile | None, record: dict[str, float]) -> None:
         if file is not None:
             with writing(file.path):
                 file.write((json.dumps(record) + "\n").encode())
@@ -288,9 +288,9 @@ class Reporter:
         for writer in self._writers:
             writer.write_scalars(self._step, values)
 
-    def _open(self, path: epath.Path) -> GrowingFile:
+    def _open(self, path: epath.Path) -> AppendOnlyFile:
         with writing(path):
-            return GrowingFile(path)
+            return AppendOnlyFile(path)
 
     def _reset(self) -> None:
         self._before, self._reported = self._timeline.seconds(), self._step

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from spvit_jax.growing import GrowingFile
+from spvit_jax.append_only import AppendOnlyFile
 
 
 class EventFile:
@@ -27,7 +27,7 @@ class EventFile:
         """
         now = time.time()
         name = f"events.out.tfevents.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = GrowingFile(folder / name)
+        self._file = AppendOnlyFile(folder / name)
         self._append(Event(wall_time=now, file_version="brain.Event:2"))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,7 +40,7 @@ class EventFile:
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def flush(self) -> None:
-        """Puts what has been written where it survives this machine, as `GrowingFile.flush`."""
+        """Puts what has been written where it survives this machine, as `AppendOnlyFile.flush`."""
         self._file.flush()
 
     def close(self) -> None:

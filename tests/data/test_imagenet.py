@@ -15,10 +15,12 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
+from spvit_jax import paths
 from spvit_jax.data import datasets, imagenet, prepare
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 from tests.helpers import REPOSITORY, archives
+from tests.helpers.bucket import serving
 
 SHARDS = 5
 
@@ -63,6 +65,36 @@ def records(data_dir):
             ]
 
     return {path.name: read(path) for path in sorted(folder(data_dir).glob("*array_record*"))}
+
+
+def test_from_a_bucket_into_a_bucket(manual_dir, prepared, tmp_path):
+    """The archives are read there and the same files written; interrupted, the command goes on."""
+    with serving("imagenet") as bucket:
+        paths.put_folder(manual_dir, bucket / "archives", last=())
+        data_dir = bucket / "data"
+
+        def make():
+            imagenet.prepare(bucket / "archives", data_dir, partial=True, num_shards=SHARDS)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paths, "move_folder", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make()
+        assert not folder(data_dir).exists()
+        make()
+        written = {name: (folder(data_dir) / name).read_bytes() for name in files_of(data_dir)}
+        assert paths.files_below(data_dir) == [f"imagenet2012/5.1.0/{name}" for name in written]
+        ours = datasets.load("imagenet2012", "train", str(data_dir))
+        theirs = datasets.load("imagenet2012", "train", str(prepared))
+        indices = np.array([0, 31, 7])
+        assert ours.file_names(indices) == theirs.file_names(indices)
+        assert ours.fetch(indices)[0] == theirs.fetch(indices)[0]
+        np.testing.assert_array_equal(ours.labels(), theirs.labels())
+    assert sorted(written) == sorted(path.name for path in folder(prepared).iterdir())
+
+
+def files_of(data_dir):
+    return sorted(path.name for path in folder(data_dir).iterdir())
 
 
 def test_what_is_made_is_what_tfds_makes(prepared, stock):

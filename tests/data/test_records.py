@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from spvit_jax import paths
 from spvit_jax.data import datasets, prepare, records
 from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 from tests.helpers import archives
+from tests.helpers.bucket import serving
 
 SHARDS = 3
 
@@ -76,6 +78,20 @@ def test_what_tfds_prepared_is_converted_record_by_record(original, data_dir):
         assert read_by_tfds(data_dir, split) == read_by_tfds(original, split)
     sizes = [path.stat().st_size for path in folder(data_dir).glob("*-train.array_record*")]
     assert f"{SHARDS} files, {sum(sizes)} bytes" in prepare.describe("imagenet2012", data_dir)
+
+
+def test_tfrecords_in_a_bucket_are_converted_there(original):
+    with serving("records") as bucket:
+        paths.put_folder(original, bucket, last=())
+        convert(bucket)
+        source = datasets.load("imagenet2012", "train", str(bucket))
+        images, labels = source.fetch(np.arange(32))
+        names = source.file_names(np.arange(32))
+        assert (names, labels.tolist(), images) == read_by_tfds(original, "train")
+        # Complete files are not made again.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records, "write", lambda *_: 1 / 0)
+            convert(bucket)
 
 
 def test_after_an_interruption_it_goes_on(data_dir, monkeypatch):

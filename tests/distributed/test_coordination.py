@@ -3,6 +3,8 @@
 import re
 
 import jax
+import pytest
+from jax._src import clusters
 from jax._src import distributed as jax_distributed
 from jax._src.lib import _jax
 
@@ -36,3 +38,21 @@ def test_a_process_on_its_own_is_a_cluster_of_one():
     assert coordination.gather("alone") == ["alone"]
     assert coordination.broadcast("alone") == "alone"
     assert coordination.rank_and_size() == (0, 1)
+
+
+def test_a_pod_is_detected_as_jax_does_it(monkeypatch):
+    """Before its cluster is formed; elsewhere it is said that there is none."""
+    monkeypatch.setattr(clusters.ClusterEnv, "_cluster_types", [])
+    with pytest.raises(ValueError, match="names no other processes"):
+        coordination.detect(1)
+
+    class Pod(clusters.ClusterEnv):
+        is_env_present = classmethod(lambda cls: True)
+        get_process_count = classmethod(lambda cls: 4)
+        get_process_id = classmethod(lambda cls: 3)
+
+        @classmethod
+        def get_coordinator_address(cls, timeout_secs, override_coordinator_port):
+            return f"worker-0:{timeout_secs}"
+
+    assert coordination.detect(7) == ("worker-0:7", 4, 3)

@@ -25,7 +25,9 @@ def serving(name):
     """Yields an empty bucket, `gs://name`, of a server that ends with the context."""
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=name)
     server.start()
-    with answered_by(server._api._httpd.server_port):
+    listening = server._api._httpd
+    listening.handle_error = lambda *_: None  # a client that is killed
+    with answered_by(listening.server_port):
         yield epath.Path(f"gs://{name}")
     server.stop()
 

@@ -14,13 +14,12 @@ from spvit_jax import paths
 _INTERVAL = 60.0  # seconds between uploads of a file that grows
 
 
-class GrowingFile:
-    """File that grows at its end and is never left half written by this class.
+class AppendOnlyFile:
+    """File that is written at its end alone.
 
     A file on this machine is closed after each write: on a mount of gcsfuse an object appears only
     when it is closed. A bucket cannot append: there the content is kept in memory and put whole, at
-    `flush` and otherwise at most once a minute, so that the cost does not grow with the number of
-    writes.
+    `flush` and otherwise at most once a minute, whatever the number of writes.
     """
 
     def __init__(self, path: epath.Path, clock: Callable[[], float] = time.monotonic):
@@ -48,7 +47,7 @@ class GrowingFile:
                 pass
 
     def write(self, data: bytes) -> None:
-        """Appends bytes; on this machine they are on the disk when this returns.
+        """Appends bytes; those of a local file are on its disk when this returns.
 
         Raises:
           OSError: the file cannot be written.
@@ -60,7 +59,8 @@ class GrowingFile:
             return
         self._content += data
         if self._clock() - self._flush_time >= _INTERVAL:
-            self.flush()
+            with contextlib.suppress(OSError):  # nothing is lost yet; the next one tries again
+                self.flush()
 
     def flush(self) -> None:
         """Puts what has been written where it survives this machine.
@@ -71,6 +71,5 @@ class GrowingFile:
         if self._flushed == len(self._content):
             return
         self._flush_time = self._clock()
-        end = len(self._content)
         paths.put_bytes(bytes(self._content), self.path)
-        self._flushed = end
+        self._flushed = len(self._content)
