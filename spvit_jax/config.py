@@ -29,6 +29,7 @@ from spvit_jax.models import (
 
 log = logging.getLogger("spvit_jax")
 
+_RECORD = "config.json"  # in a workdir
 _DURATIONS = (
     "schedule.total",
     "schedule.warmup",
@@ -39,6 +40,7 @@ _DURATIONS = (
 )
 # Fields that may change between the start of a run and its continuation in the same workdir.
 _CHANGEABLE = (
+    "compilation_cache",
     "mesh",
     "data.data_dir",
     "data.threads",
@@ -59,6 +61,10 @@ def base() -> ConfigDict:
     config.seed = 0  # random seed of the weights, the order of the data and everything else
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
+
+    # Folder of compiled programs, or "off"; None: JAX_COMPILATION_CACHE_DIR, else in the workdir,
+    # or in ~/.cache for commands without one.
+    config.compilation_cache = placeholder(str)
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
@@ -301,7 +307,7 @@ def claim_workdir(
     Raises:
       InputError: the workdir belongs to another configuration, or cannot be written.
     """
-    path = workdir / "config.json"
+    path = workdir / _RECORD
     if in_use and path.exists():
         try:
             # Its durations are in steps already; fields that it lacks are derived as for a new run.
@@ -347,6 +353,17 @@ def from_json(path: epath.Path) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         config.update(tree)
     return config
+
+
+def find_recorded(path: epath.Path) -> epath.Path | None:
+    """Returns the file with the configuration of the run that a path belongs to; None without.
+
+    Args:
+      path: a workdir, or a checkpoint in one.
+    """
+    folders = (path, *list(path.parents)[:2])  # a checkpoint is WORKDIR/checkpoints/STEP
+    files = [folder / _RECORD for folder in folders if (folder / "checkpoints").is_dir()]
+    return next((file for file in files if file.exists()), None)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import atomic, cli, distributed, logs, paths
+from spvit_jax import atomic, cli, compilation_cache, distributed, logs, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.errors import START_AGAIN, writing
 from spvit_jax.training import sharding
@@ -99,6 +99,7 @@ def main() -> None:
     def run() -> None:
         target = paths.parse_output(output.value) if output.value else None
         with distributed.joined(address(), notices=True):
+            compilation_cache.start(config().compilation_cache)
             results = evaluate_checkpoint(
                 config(),
                 paths.parse(path.value),

@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from spvit_jax import cli, distributed, logs, paths
+from spvit_jax import cli, compilation_cache, distributed, logs, paths
 from spvit_jax import plan as plan_lib
 from spvit_jax.errors import START_AGAIN
 from spvit_jax.logs import log
@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: epath.Path, *, dry_run: bool = False) -> 
     total_steps = run.steps
     if not dry_run:
         plan.claim(workdir)
+        compilation_cache.start(config.compilation_cache, workdir)
     logs.start_run(None if dry_run else workdir)
     report.summarize(run)
     if dry_run:

@@ -21,13 +21,13 @@ LAYERS = (
     {"models"},
     {"distributed"},
     {"logs", "config"},
-    {"recipes", "augment", "interop"},
+    {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
     {"weights"},
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.

@@ -1,7 +1,8 @@
-"""Kernels that compute the attention of `models/attention.py` faster, and nothing else.
+"""Kernels that compute what `models/` computes readably, faster, and nothing else.
 
 `fused` is all of softmax(G ⊙ QKᵀ/√d + B) V in one Pallas program for TPUs, for any G and B;
-`local` is MaiT's masked heads at a cost linear in the number of tokens, on any device.
+`position_conv` is SP-ViT's position convolution as another. `local` is MaiT's masked heads at a
+cost linear in the number of tokens, on any device.
 """
 
 CONTEXT = "attention_context"  # `checkpoint_name` of a kernel's result, by which loops keep it

@@ -20,10 +20,11 @@ from spvit_jax.models.block import Block
 from spvit_jax.models.fields import check_fields
 from spvit_jax.models.implementation import Implementation
 from spvit_jax.models.initializers import CountedRngs
-from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed, accumulation_dtype
+from spvit_jax.models.layers import LayerNorm, accumulation_dtype, draw_drop_path
 from spvit_jax.models.loop import Segment, find_segments
 from spvit_jax.models.mask_schedule import MaskSchedule
 from spvit_jax.models.spatial import Grid, LocalityMask
+from spvit_jax.models.stem import ConvStem, PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelConfig:
     drop_path: float = 0.0  # rate of stochastic depth, see `drop_path_per_layer`
 
     # MaiT's masked heads.
-    # ((layers, heads), …), ((0, 2), (1,), …) by layer, or "thirds"; see `models/mask_schedule.py`
+    # ((layers, heads), …), ((0, 2), (1,), …) by layer, "thirds", …: see `models/mask_schedule.py`
     masked_heads: MaskSchedule | None = None
     mask_radius: int | tuple[int, int] = 1  # patches, one number or (rows, columns)
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
@@ -101,13 +102,23 @@ class ModelConfig:
         """Radius of the masked heads' neighbourhood as (rows, columns)."""
         return _pair(self.mask_radius)
 
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Returns the number of layers of each stage of a pyramid; () for other models."""
+        return ()
+
+    def grid_per_layer(self) -> list[Grid]:
+        """Returns the grid of patches of each layer."""
+        return [self.grid] * len(self.heads_per_layer())
+
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer."""
         raise NotImplementedError
 
     def masked_per_layer(self) -> list[tuple[int, ...]]:
         """Returns the masked heads of each layer, in ascending order."""
-        return mask_schedule.masked_per_layer(self.masked_heads, self.heads_per_layer())
+        return mask_schedule.masked_per_layer(
+            self.masked_heads, self.heads_per_layer(), self.layers_per_stage()
+        )
 
     def drop_path_per_layer(self) -> list[float]:
         """Returns the rate of stochastic depth at each layer: growing from 0 to `drop_path`."""
@@ -292,29 +303,28 @@ class Model(nnx.Module):
             key = None
         elif key is None:
             raise ValueError("drop path in train mode needs a random key: model(images, key)")
+        rates = self.config.drop_path_per_layer()
+        factors = None if key is None else draw_drop_path(key, rates, len(patches))
         tokens = self.to_tokens(patches.astype(self.blocks[0].residual_dtype))
         before_blocks = self.before_blocks
         for segment in segments:
             if segment.start in before_blocks:
                 tokens = before_blocks[segment.start](tokens)
             yield tokens
-            tokens = self._apply_segment(segment, tokens, key)
+            tokens = self._apply_segment(segment, tokens, factors)
         yield tokens
 
-    def _apply_segment(self, segment: Segment, tokens: Tokens, key: jax.Array | None) -> Tokens:
-        """Maps tokens through the blocks of a segment; `key` draws the drop path of all layers."""
-        rates = self.config.drop_path_per_layer()
+    def _apply_segment(self, segment: Segment, tokens: Tokens, factors: jax.Array | None) -> Tokens:
+        """Maps tokens through the blocks of a segment; `factors` are those of all layers."""
 
-        def call(block: Block, x: jax.Array, layer: int, rate: float) -> jax.Array:
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(x, tokens.grid, tokens.num_prefix, layer_key, rate)
+        def call(block: Block, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+            return block(x, tokens.grid, tokens.num_prefix, factors)
 
         x = loop.apply_blocks(
             [self.blocks[layer] for layer in segment.layers],
             call,
             tokens.x,
-            segment.layers,
-            [rates[layer] for layer in segment.layers],
+            [None if factors is None else factors[layer] for layer in segment.layers],
             period=segment.period,
             remat=self.config.remat,
         )

@@ -65,7 +65,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
-        self.pos_conv = PosConv(dim, dtype=dtype, rngs=rngs) if pos_conv else None
+        self.pos_conv = PosConv(dim, rngs=rngs) if pos_conv else None
         self.skip_lam = skip_lam
         self.residual_dtype = dtype if layer_scale is None else accumulation_dtype(dtype)
 
@@ -74,29 +74,24 @@ class Block(nnx.Module):
         x: jax.Array,
         grid: Grid,
         num_prefix: int = 0,
-        key: jax.Array | None = None,
-        drop_path: float | jax.Array = 0.0,
+        factors: jax.Array | None = None,
     ) -> jax.Array:
         """Maps tokens [B, P+N, D] of a grid h·w = N behind P prefix tokens.
 
-        In training `key` draws which examples lose which residual branches, at the rate
-        `drop_path`; without a key none does.
+        In training `factors` [2, B] of `draw_drop_path` say which examples lose which of the two
+        residual branches; without them none does.
         """
-        keys = (None, None) if key is None else jax.random.split(key)
+        first, second = (None, None) if factors is None else factors
         attended = self.attn(self.norm1(x), grid, num_prefix)
-        x = x + self._branch(attended, self.scale1, keys[0], drop_path)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, keys[1], drop_path)
+        x = x + self._branch(attended, self.scale1, first)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
         if self.pos_conv is not None:
             x = self.pos_conv(x, grid, num_prefix)
         return x
 
     def _branch(
-        self,
-        x: jax.Array,
-        scale: LayerScale | None,
-        key: jax.Array | None,
-        rate: float | jax.Array,
+        self, x: jax.Array, scale: LayerScale | None, factor: jax.Array | None
     ) -> jax.Array:
         if scale is not None:
             x = scale(x)
-        return drop_path(x, rate, key) / self.skip_lam
+        return drop_path(x, factor) / self.skip_lam

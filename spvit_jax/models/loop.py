@@ -90,7 +90,7 @@ def apply_blocks(
       blocks: blocks of the segment, in order.
       call: (block, x, value of each of `values`) → x of the same shape and dtype.
       x: input of the first block.
-      *values: further arguments of `call`, each with one number per block.
+      *values: further arguments of `call`, each with one value per block.
       period: number of layers until the kinds of blocks repeat.
       remat: whether each block is recomputed in the backward pass.
 

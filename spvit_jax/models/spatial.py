@@ -34,19 +34,6 @@ def offsets(grid: Grid) -> np.ndarray:
     return np.stack([dx, dy], axis=-1).astype(np.float32)
 
 
-def _toeplitz_1d(table: jax.Array) -> jax.Array:
-    """Expands a table [..., 2n-1] to T [..., n, n] with T[i, j] = table[j - i + n - 1].
-
-    Repeating the table with a period of 2n and reading it in rows of 2n-1 moves each row one
-    place to the right: the expansion costs one copy, and its gradient one sum, without a gather.
-    """
-    n = (table.shape[-1] + 1) // 2
-    lead = table.shape[:-1]
-    period = jnp.concatenate([table, jnp.zeros((*lead, 1), table.dtype)], axis=-1)
-    rows = jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)).reshape(*lead, 2 * n * n)
-    return rows[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
-
-
 def toeplitz(table: jax.Array) -> jax.Array:
     """Expands a table over offsets to a matrix over pairs of patches, exactly.
 
@@ -57,9 +44,11 @@ def toeplitz(table: jax.Array) -> jax.Array:
       [H, N, N] with N = h·w and entry [i, j] the value at the offset from patch i to patch j.
     """
     heads, h, w = table.shape[0], (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
-    rows = _toeplitz_1d(jnp.swapaxes(table, 1, 2))  # [H, 2w-1, yi, yj]
-    both = _toeplitz_1d(jnp.moveaxis(rows, 1, -1))  # [H, yi, yj, xi, xj]
-    return both.transpose(0, 1, 3, 2, 4).reshape(heads, h * w, h * w)
+    rows = jnp.stack([table[..., w - 1 - x : 2 * w - 1 - x] for x in range(w)], axis=2)
+    # A query's keys are consecutive in (dy, xj): copies that use all lanes of a TPU.
+    rows = rows.swapaxes(1, 2).reshape(heads, w, (2 * h - 1) * w)  # [H, xi, (dy, xj)]
+    places = [slice((h - 1 - y) * w, (2 * h - 1 - y) * w) for y in range(h)]
+    return jnp.concatenate([rows[..., place] for place in places], axis=1)
 
 
 def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:

@@ -20,7 +20,8 @@ from spvit_jax.models.attention import Attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import ConvStem, LayerNorm, PatchEmbed
+from spvit_jax.models.layers import LayerNorm
+from spvit_jax.models.stem import ConvStem, PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)

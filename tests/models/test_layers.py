@@ -1,11 +1,13 @@
-"""The parts of a block against PyTorch's."""
+"""The stem's parts against PyTorch's, and the stem on pairs of pixels against that on pixels."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
-from spvit_jax.models.layers import ConvStem
+from spvit_jax.models.stem import ConvStem
 
 
 def test_batch_norm_is_torchs():
@@ -26,3 +28,37 @@ def test_batch_norm_is_torchs():
         np.testing.assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-5)
         # Torch's divides by one pixel less than there are, which moves the last digits.
         np.testing.assert_allclose(ours.var[...], theirs.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [None, 2])
+def test_pairs_of_pixels_change_nothing(group):
+    """Neither tokens, nor gradients, nor running statistics; nor tokens in evaluation."""
+    made = ConvStem(12, 8, 6, batch_norm_group=group, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    made.train()
+    graphdef, state = nnx.split(made)
+    state = jax.tree.map(lambda leaf: leaf + 0.1, state)
+    images, direction = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(4, 16, 24, 3), (4, 2, 3, 12)])
+    )
+
+    def run(state, embed):
+        stem = nnx.merge(graphdef, state, copy=True)
+        tokens = getattr(stem, embed)(images)
+        stats = nnx.state(stem, nnx.BatchStat)
+        stem.eval()
+        return (tokens * direction).sum(), (tokens, stats, getattr(stem, embed)(images))
+
+    compiled = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
+    pixels, pairs = (jax.tree.leaves(compiled(state, embed)) for embed in ("on_pixels", "on_pairs"))
+    for expected, actual in zip(pixels, pairs, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=1e-4)
+
+
+def test_pairs_are_for_stems_that_leave_lanes_idle():
+    def has_pairs(patch_size, width):
+        return ConvStem(4, patch_size, width, dtype=jnp.float32, rngs=nnx.Rngs(0)).has_pairs
+
+    assert has_pairs(16, 64)
+    assert not has_pairs(16, 128)  # a pair has more channels than lanes
+    assert not has_pairs(6, 64)  # a patch's row of half the resolution is no whole pairs

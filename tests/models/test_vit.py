@@ -9,6 +9,7 @@ from flax import nnx
 
 from spvit_jax.errors import InputError
 from spvit_jax.models import layers as layers_lib
+from spvit_jax.models import stem as stem_lib
 from spvit_jax.models.naming import named_leaves
 from tests.helpers import numpy_models
 from tests.helpers.variables import random_variables, run
@@ -86,8 +87,7 @@ def _swap_offsets(monkeypatch):
 
 
 def _tanh_gelu(monkeypatch):
-    gelu = jax.nn.gelu
-    monkeypatch.setattr(layers_lib.jax.nn, "gelu", lambda x, approximate: gelu(x, approximate=True))
+    monkeypatch.setattr(layers_lib, "gelu", jax.nn.gelu)
 
 
 def _drop_b1(monkeypatch):
@@ -144,10 +144,31 @@ def test_drop_path_needs_a_key_and_is_off_in_evaluation():
 
 def test_drop_path_keeps_the_mean():
     x = jnp.ones((20_000, 3))
-    dropped = layers_lib.drop_path(x, 0.25, jax.random.key(0))
-    assert set(np.unique(dropped[:, 0])) == {0.0, np.float32(1 / 0.75)}
-    assert abs(dropped.mean() - 1) < 0.02
-    assert (dropped == dropped[:, :1]).all()
+    factors = layers_lib.draw_drop_path(jax.random.key(0), [0.0, 0.25], len(x))
+    assert (factors[0] == 1).all()
+    for branch in factors[1]:
+        dropped = layers_lib.drop_path(x, branch)
+        assert set(np.unique(dropped[:, 0])) == {0.0, np.float32(1 / 0.75)}
+        assert abs(dropped.mean() - 1) < 0.02
+        assert (dropped == dropped[:, :1]).all()
+
+
+def test_a_lost_branch_is_zero_even_if_it_is_not_finite():
+    x = jnp.array([[jnp.inf], [jnp.nan], [2.0]])
+    np.testing.assert_array_equal(
+        layers_lib.drop_path(x, jnp.array([0.0, 0.0, 2.0])), [[0], [0], [4]]
+    )
+
+
+def test_an_examples_draws_depend_on_no_other_layer_and_on_no_other_rate():
+    """So that a layer of rate 0 is never lost, and a rate changes its own layer alone."""
+    key = jax.random.key(0)
+    some = layers_lib.draw_drop_path(key, [0.0, 0.5, 0.5], 64)
+    others = layers_lib.draw_drop_path(key, [0.2, 0.5, 0.0], 64)
+    np.testing.assert_array_equal(some[1], others[1])
+    assert (some[0] == 1).all()
+    assert (others[2] == 1).all()
+    assert len(np.unique(some[1:].reshape(4, -1), axis=0)) == 4
 
 
 def test_remat_changes_neither_value_nor_gradient():
@@ -167,14 +188,14 @@ def test_remat_changes_neither_value_nor_gradient():
 
 
 def test_the_stems_gradient_is_the_same_when_computed_apart(monkeypatch):
-    stem = layers_lib.ConvStem(128, 4, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    stem = stem_lib.ConvStem(128, 4, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
     direction = jax.random.normal(jax.random.key(2), (2, 10, 16, 128))
 
     def gradient():
         return nnx.jit(nnx.grad(lambda stem: (stem(IMAGES) * direction).sum()))(stem)
 
     apart = gradient()
-    monkeypatch.setattr(layers_lib, "_unfused_gradient", lambda x: x)
+    monkeypatch.setattr(stem_lib, "_unfused_gradient", lambda x: x)
     for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(gradient()), strict=True):
         assert abs(b).max() > 0
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max())
@@ -185,7 +206,7 @@ def test_batchnorm_of_groups_is_torchs_on_each():
     rng = np.random.default_rng(0)
     images, direction = rng.normal(1, 2, (2, 8, 5, 6, 3)).astype(np.float32)
     images *= np.arange(1, 9, dtype=np.float32)[:, None, None, None]
-    ours = layers_lib.BatchNorm(3, group=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ours = stem_lib.BatchNorm(3, group=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     ours.scale[...], ours.bias[...] = rng.normal(size=(2, 3))
     ours.mean[...], ours.var[...] = rng.normal(size=3), rng.uniform(1, 2, 3)
     theirs = [torch.nn.BatchNorm2d(3) for _ in range(4)]
@@ -225,16 +246,18 @@ def test_batchnorm_of_groups_is_torchs_on_each():
     np.testing.assert_allclose(ours(images), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_computes_in_bfloat16_and_returns_float32():
-    settings = SMALL | CASES["spvit"][1]
-    exact = run(random_variables("spvit_s", **settings), IMAGES)
-    variables = random_variables("spvit_s", dtype="bfloat16", **settings)
+@pytest.mark.parametrize("case", ["deit", "lvvit", "spvit", "mait_soft"])
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(case):
+    name, overrides = CASES[case]
+    exact = run(random_variables(name, **SMALL, **overrides), IMAGES)
+    variables = random_variables(name, dtype="bfloat16", **SMALL, **overrides)
     rounded = run(variables, IMAGES)
     assert rounded.dtype == jnp.float32
     assert 1e-4 < abs(rounded - exact).max() / exact.std() < 0.3
     model = variables.model()
     assert jax.eval_shape(lambda x: model.encode(model.embed(x)), IMAGES).dtype == jnp.bfloat16
-    assert jax.eval_shape(lambda: model.blocks[0].attn.gain((10, 16))).dtype == jnp.float32
+    gain = jax.eval_shape(lambda: model.blocks[0].attn.gain((10, 16)))
+    assert gain is None or gain.dtype == jnp.float32
 
 
 def test_attention_maps_are_those_of_each_layer():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spvit_jax.models.layers import ConvStem
+from spvit_jax.models.stem import ConvStem
 from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
 
 pytestmark = compiles_for_tpus
@@ -22,7 +22,7 @@ def test_the_stem_can_be_trained(topology, dim):
 
     @jax.grad
     def gradient(weights, images, direction):
-        return (direction * nnx.merge(graph, weights)(images)).sum()
+        return (direction * nnx.merge(graph, weights).on_pairs(images)).sum()
 
     step = jax.jit(gradient, in_shardings=chip, out_shardings=chip)
     compiled = step.lower(*shapes).compile()
