@@ -2,6 +2,8 @@
 # it, unless that has been done. Everything that is written stays inside the checkout.
 #
 #     source launch/environment.sh requirements.txt
+#
+# shellcheck shell=bash
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,14 +12,28 @@ export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export XDG_CACHE_HOME="$PWD/.venv/cache" MPLCONFIGDIR="$PWD/.venv/cache/matplotlib"
 export KERAS_HOME="$PWD/.venv/cache/keras" TMPDIR="$PWD/.venv/tmp"
 
-if [[ ! -x .venv/bin/python ]]; then
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+if [[ ! -e .venv ]]; then
   python=${PYTHON:-python3}
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  if ! is_new_enough "$python"; then
     echo "error: $python is not Python 3.11 or newer; set PYTHON to one that is" >&2
     exit 2
   fi
   echo "making a virtual environment in .venv"
-  "$python" -m venv .venv
+  if ! "$python" -m venv .venv; then
+    rm -rf .venv
+    echo "error: $python cannot make a virtual environment; on Debian and Ubuntu it needs the" \
+      "package python3-venv (or python3.11-venv, for the version in question)" >&2
+    exit 2
+  fi
+elif [[ -n ${PYTHON-} ]]; then
+  echo "note: PYTHON is not used, since .venv is there; remove .venv to have it made anew" >&2
+fi
+# Half of one is left when its making is interrupted.
+if ! is_new_enough .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  echo "error: $PWD/.venv is not whole, or not of Python 3.11 or newer; remove it and start again" >&2
+  exit 2
 fi
 mkdir -p "$XDG_CACHE_HOME" "$TMPDIR"
 

@@ -9,13 +9,17 @@
 # reach all of them as SIGTERM: save and stop. When one fails or stops early, the others have GRACE
 # seconds (60 unless set) to end, and are killed then.
 #
-# Exit code: 2 if a process was given wrong input, else 1 if one failed, else 75 if one stopped
-# early, else 0.
+# Exit code: 2 if a process was given wrong input or there is no such command, else 1 if one failed,
+# else 75 if one stopped early, else 0.
 
 set -euo pipefail
 
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
   echo "usage: $0 N COMMAND…, with N the number of processes; got: $*" >&2
+  exit 2
+fi
+if [[ ! ${DEVICES:-2} =~ ^[1-9][0-9]*$ || ! ${GRACE:-60} =~ ^[0-9]+$ ]]; then
+  echo "error: DEVICES is '${DEVICES:-2}' and GRACE is '${GRACE:-60}'; expected whole numbers" >&2
   exit 2
 fi
 count=$1
@@ -65,7 +69,7 @@ while ((${#pids[@]})); do
     case $code in
       0) continue ;;
       75) early=1 ;;
-      2) wrong=1 ;;
+      2 | 126 | 127) wrong=1 ;; # of the shell: there is no such command
       *) failed=1 ;;
     esac
     if ((code != 75)); then echo "[$id] ended with exit code $code" >&2; fi

@@ -2,6 +2,7 @@
 # Trains SP-ViT on handwritten digits, evaluates it, and draws what its heads learned about space.
 # Needs Python 3.11 or newer and nothing else. Run again, it reuses what is there.
 
+# shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
 
 run=runs/quickstart

@@ -2,7 +2,7 @@
 # A TPU pod of Google Cloud: created, given the code, run until complete, and deleted, from any
 # machine with git, gcloud and bash. launch/README.md tells the whole way.
 
-# shellcheck disable=SC2034,SC2154  # variables are shared with the files in lib/
+# shellcheck disable=SC2034,SC2153,SC2154  # variables are shared with the files in lib/
 set -euo pipefail
 CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -36,7 +36,10 @@ find_node() {
 
 # Ends the program if `find_node` has found nothing that could do work.
 expect_node() {
-  if [[ $NODE_STATE == ABSENT ]]; then die 2 "there is no TPU VM $NAME; create it first"; fi
+  if [[ $NODE_STATE == ABSENT ]]; then
+    warn_of_others
+    die 2 "there is no TPU VM $NAME; create it first"
+  fi
   if ((WORKERS == 0)); then die 1 "the TPU VM $NAME is $NODE_STATE, and has no workers yet"; fi
 }
 

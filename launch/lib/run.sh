@@ -31,10 +31,7 @@ run_until_complete() {
       wrong-input) give_up 2 "wrong input: $CAUSE" ;;
       differs) give_up 2 "$CAUSE" ;;
       stopped) finish 75 "stopped as asked: $CAUSE; the same command goes on" ;;
-      gone)
-        if [[ -z $ATTEMPT ]]; then die 2 "there is no pod $NAME; create it first"; fi
-        finish 1 "the queued resource $NAME was deleted; the run ends"
-        ;;
+      gone) end_without_pod ;;
       preempted) ;; # the next attempt begins with getting it back
       early)
         say "ended early ($CAUSE); starting it again"
@@ -43,16 +40,27 @@ run_until_complete() {
       failed | unreachable)
         if ((SECONDS - begun >= LONG_RUN)); then failures=0; fi
         failures=$((failures + 1))
-        if ((failures >= TRIES)); then give_up 1 "failed $failures times; the last: $CAUSE"; fi
-        say "failed, try $failures of $TRIES: $CAUSE"
-        if [[ $OUTCOME == unreachable ]]; then
-          LOST="the pod is replaced" BROKEN=yes
-        else
-          back_off "$failures"
-        fi
+        try_again_or_give_up "$failures"
         ;;
     esac
   done
+}
+
+end_without_pod() {
+  if [[ -n $ATTEMPT ]]; then finish 1 "the queued resource $NAME was deleted; the run ends"; fi
+  warn_of_others
+  die 2 "there is no pod $NAME; create it first"
+}
+
+# try_again_or_give_up FAILURES: returns if there are tries left, after a pause.
+try_again_or_give_up() {
+  if (($1 >= TRIES)); then give_up 1 "failed $1 times; the last: $CAUSE"; fi
+  say "failed, try $1 of $TRIES: $CAUSE"
+  if [[ $OUTCOME == unreachable ]]; then
+    LOST="the pod is replaced" BROKEN=yes
+  else
+    back_off "$1"
+  fi
 }
 
 # The workers' disks go with the pod.

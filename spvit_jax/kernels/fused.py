@@ -12,13 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 
-from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.plan import Plan
 
 HEAD_DIMS = range(8, 129)  # widths of a head that the kernel knows
@@ -40,7 +37,7 @@ def fused_attention(
 ) -> jax.Array:
     """Computes self-attention with a gain and a bias, softmax(G ⊙ QKᵀ/√d + B) V.
 
-    With a mesh in context the batch is split over all its axes, and each device holds G and B.
+    On a mesh it is to be called by `mesh.on_each_device`.
 
     Args:
       qkv: queries, keys and values [B, N, 3D], columns ordered [3, H, d]; float32 or bfloat16.
@@ -53,14 +50,7 @@ def fused_attention(
       [B, N, D] in the dtype of `qkv`.
     """
 
-    def run(qkv: jax.Array, gain: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _attention(qkv, gain, bias, num_heads, interpret)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        split, whole = P(mesh.axis_names), P()
-        run = jax.shard_map(run, in_specs=(split, whole, whole), out_specs=split, check_vma=False)
-    return checkpoint_name(run(qkv, gain, bias), CONTEXT)
+    return _attention(qkv, gain, bias, num_heads, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -71,7 +61,7 @@ def _attention(
     num_heads: int,
     interpret: bool,
 ) -> jax.Array:
-    plan = Plan.of(qkv, num_heads, gain, bias)
+    plan = Plan.of(qkv, num_heads, sum(x is not None for x in (gain, bias)))
     columns, factor = plan.columns_spec, plan.factor_spec
     padded = plan.pad(qkv)
     shape = (plan.batch, plan.tokens, plan.groups * plan.width)
@@ -109,7 +99,7 @@ def _backward(
     qkv, gain, bias, learned = residuals
     if isinstance(grad, SymbolicZero):
         return None, None, None
-    plan = Plan.of(qkv, num_heads, gain, bias)
+    plan = Plan.of(qkv, num_heads, sum(x is not None for x in (gain, bias)))
     columns, factor = plan.columns_spec, plan.factor_spec
     padded, grad = plan.pad(qkv), plan.pad(grad)
     dgain, dbias = (

@@ -44,12 +44,11 @@ class Plan(NamedTuple):
     num_factors: int
 
     @classmethod
-    def of(cls, qkv: jax.Array, num_heads: int, *factors: jax.Array | None) -> Plan:
-        """Plans the attention of a projection [B, N, 3D] with a gain, a bias, both or neither."""
+    def of(cls, qkv: jax.Array, num_heads: int, num_factors: int) -> Plan:
+        """Plans the attention of a projection [B, N, 3D] with a number of G and B."""
         batch, tokens, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         most = max(_PROGRAM_TOKENS // tokens, 1)
         images = max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
-        num_factors = sum(factor is not None for factor in factors)
         make = functools.partial(
             cls, batch, tokens, dim, dim // num_heads, images=images, num_factors=num_factors
         )

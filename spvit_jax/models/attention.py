@@ -12,14 +12,18 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.fused import fused_attention
 from spvit_jax.kernels.local import local_attention
+from spvit_jax.kernels.mesh import on_each_device
 from spvit_jax.models.implementation import Implementation, check, choose, is_local
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
+Factors = tuple[jax.Array | None, jax.Array | None]  # G and B, or None where they are 1 and 0
 Mix = Callable[[jax.Array], jax.Array]  # a map over the heads of [B, H, n, m]
 
 
@@ -148,12 +152,15 @@ class Attention(nnx.Module):
         self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
         self.mix_weights = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
 
-    @jax.named_scope("gain")
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, P+N, P+N] (the prior times the soft mask), or None where it is 1."""
+        return self._gain(self.prior, grid, num_prefix)
+
+    @jax.named_scope("gain")
+    def _gain(self, prior: SpatialPrior | None, grid: Grid, num_prefix: int) -> jax.Array | None:
         factors = []
-        if self.prior is not None:
-            factors.append(self.prior(grid, num_prefix))
+        if prior is not None:
+            factors.append(prior(grid, num_prefix))
         if self.mask is not None and self.mask.kind == "soft":
             factors.append(self.mask.gain(self.num_heads, grid, num_prefix))
         if not factors:
@@ -177,19 +184,34 @@ class Attention(nnx.Module):
 
     def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
-        gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
-        return self._attend_heads(qkv, self.num_heads, gain, bias)
+
+        def factors(prior: SpatialPrior | None) -> Factors:
+            return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)
+
+        return self._attend_heads(qkv, self.num_heads, factors)
 
     def _attend_heads(
-        self, qkv: jax.Array, num_heads: int, gain: jax.Array | None, bias: jax.Array | None
+        self, qkv: jax.Array, num_heads: int, factors: Callable[[SpatialPrior | None], Factors]
     ) -> jax.Array:
-        """Computes `attend` of some heads H, from their projection [B, n, 3·H·d]."""
-        match choose(self.implementation, qkv, num_heads, gain, bias):
+        """Computes `attend` of some heads H, from their projection [B, n, 3·H·d].
+
+        `factors` returns their G and B for a given prior.
+        """
+        num_factors = (self.prior is not None) + (self.mask is not None)
+        match choose(self.implementation, qkv, num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
-                interpret = name == "fused_interpret"
-                with jax.named_scope("attention"):
+                graphdef, state = nnx.split(self.prior)
+
+                def attend(qkv: jax.Array, state: nnx.State) -> jax.Array:
+                    gain, bias = factors(nnx.merge(graphdef, state))
+                    interpret = name == "fused_interpret"
                     return fused_attention(qkv, num_heads, gain, bias, interpret=interpret)
+
+                # Devices add up the gradient of the prior's parameters, and not that of G.
+                with jax.named_scope("attention"):
+                    return checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)
             case _:
+                gain, bias = factors(self.prior)
                 mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
                 q, k, v = split_heads(qkv, num_heads)
                 out = attention(q, k, v, gain, bias, **mix)
@@ -204,12 +226,11 @@ class Attention(nnx.Module):
         tokens of local heads lie behind their channels.
         """
         others = tuple(head for head in range(self.num_heads) if head not in mask.heads)
-        local_gain = other_gain = None
+        local_gain = None
         if self.prior is not None:
             table, reach = self.prior.table(grid), mask.reach(grid)
             rows, columns = (slice(n - 1 - r, n + r) for n, r in zip(grid, reach, strict=True))
             local_gain = _take(table[:, rows, columns], mask.heads, axis=0)
-            other_gain = _take(self.prior(grid, num_prefix), others, axis=0) if others else None
 
         dim, dtype = x.shape[-1], self.qkv.dtype
         heads = (3, self.num_heads, dim // self.num_heads)
@@ -234,7 +255,11 @@ class Attention(nnx.Module):
             qkv = x @ _take(kernel, others, axis=2).reshape(dim, -1)
             if bias is not None:
                 qkv += _take(bias, others, axis=1).reshape(-1)
-        attended = self._attend_heads(qkv, len(others), other_gain, None)
+
+        def factors(prior: SpatialPrior | None) -> Factors:
+            return None if prior is None else _take(prior(grid, num_prefix), others, axis=0), None
+
+        attended = self._attend_heads(qkv, len(others), factors)
         with jax.named_scope("proj"):
             return out + attended @ _take(out_kernel, others, axis=0).reshape(-1, dim)
 

@@ -22,8 +22,9 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_macs(config: ModelConfig) -> int:
     """Returns the multiply-adds of a model's convolutions and matrix products for one image."""
-    # Products in a kernel are hidden from the count, and are the same as XLA's.
-    graphdef, state = nnx.split(dataclasses.replace(config, attention="xla").abstract())
+    if config.attention == "fused":  # which can be counted on any platform
+        config = dataclasses.replace(config, attention="fused_interpret")
+    graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)
 
@@ -57,6 +58,16 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
         elif eqn.params.get("name") == "neighbour_sum":
             total += outputs * shapes[0][0]  # neighbours
         else:
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += times * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
+            total += _times(eqn) * sum(_macs_of_jaxpr(p) for p in core.jaxprs_in_params(eqn.params))
     return total
+
+
+def _times(eqn: Any) -> int:
+    """Returns how often an instruction runs the programs in it."""
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"]
+        case "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid)
+        case _:
+            return 1

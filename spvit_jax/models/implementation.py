@@ -25,11 +25,7 @@ _LOCAL_FROM_ELSEWHERE = 700
 
 
 def choose(
-    requested: Implementation,
-    qkv: jax.Array,
-    num_heads: int,
-    gain: jax.Array | None,
-    bias: jax.Array | None,
+    requested: Implementation, qkv: jax.Array, num_heads: int, num_factors: int
 ) -> Implementation:
     """Returns the implementation that computes an attention: never "auto".
 
@@ -38,14 +34,13 @@ def choose(
         "local" is about masked heads alone, and "auto" for others.
       qkv: queries, keys and values [B, N, 3D].
       num_heads: number of heads H.
-      gain: G [H, N, N], or None.
-      bias: B [H, N, N], or None.
+      num_factors: number of factors [H, N, N] that scores have or may have: of G, of B.
 
     Raises:
       InputError: the implementation does not run on the devices, or not for so many tokens.
     """
     num_tokens, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
-    fits = Plan.of(qkv, num_heads, gain, bias).fits
+    fits = Plan.of(qkv, num_heads, num_factors).fits
     if requested in ("auto", "local"):
         runs = platform() == "tpu" and fits and fused.supports(head_dim, qkv.dtype)
         return "fused" if runs else "xla"

@@ -359,13 +359,14 @@ def test_a_pod_that_is_not_what_the_settings_ask_for_is_refused(pod, plan, words
 
 def test_a_host_that_ssh_does_not_find_is_not_a_pod_that_is_not_there(pod):
     pod("create")
-    message = "[/usr/bin/ssh] exited with return code [255].\nHost key for 10.0.0.2 was not found"
-    pod.plan(errors=[["tpu-vm scp", message, 2, False]])
+    host = "[/usr/bin/ssh] exited with return code [255].\nHost key for 10.0.0.2 was not found"
+    keys = "Could not fetch resource: NOT_FOUND: the keys of the project"
+    pod.plan(errors=[["tpu-vm scp", host, 1, False], ["tpu-vm scp", keys, 1, False]])
     said = pod("sync")
-    assert "try 2 of 4" in said
     assert "Host key for 10.0.0.2 was not found" in said
+    assert f"try 2 of 4: ERROR: (gcloud.compute.tpus) {keys}" in said
     path = "projects/my-project/locations/us-west4-a/nodes/spvit-test"
-    pod.plan(errors=[["tpu-vm scp", f"NOT_FOUND: Resource '{path}' was not found", 3, False]])
+    pod.plan(errors=[["tpu-vm scp", f"NOT_FOUND: Resource '{path}' was not found", 2, False]])
     assert "there is no TPU VM spvit-test" in pod("sync", code=1)
 
 

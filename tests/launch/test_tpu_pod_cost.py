@@ -137,9 +137,10 @@ def test_delete_of_what_never_was_says_so(pod):
 def test_a_pod_at_another_place_is_no_secret(pod):
     pod.ready()
     pod.settings(ZONE="us-east1-c")
-    said = pod("status")
-    assert "a pod spvit-test has been asked for in us-west4-a of my-project as well" in said
-    assert DELETE in said
+    for args, code in (["status"], 0), (["sync"], 2), (["stop"], 2):
+        said = pod(*args, code=code)
+        assert "a pod spvit-test has been asked for in us-west4-a of my-project as well" in said
+        assert DELETE in said
 
 
 # ── Runs ──────────────────────────────────────────────────────────────────────────────────────────

@@ -58,6 +58,20 @@ def test_after_preemption_the_pod_is_asked_for_again_and_the_run_goes_on(pod):
     ]
 
 
+def test_half_a_pod_after_preemption_is_refused_and_not_tried_again(pod):
+    pod.ready()
+    behaviour = [{str(n): {"hang": True} for n in range(3)}]
+    pod.plan(behaviour=behaviour)
+    process = pod.start(*COMMAND)
+    pod.wait_for(lambda: pod.starts() == [1, 1, 1])
+    pod.plan(behaviour=behaviour, preempt=1, workers=2)
+    said = pod.outcome(process, 2)
+    assert "has 2 workers, and v4-24 consists of 3" in said
+    pod.check_that_the_rest_is_named(said)
+    assert len(pod.calls("queued-resources create")) == 1
+    assert pod.calls("scp") == []
+
+
 def test_exit_code_75_starts_the_command_again_on_the_same_pod(pod):
     pod.ready()
     pod.plan(behaviour=[{str(n): {"exit": 75} for n in range(3)}] * 2 + [{}])
