@@ -20,7 +20,7 @@ from spvit_jax.kernels.local import local_attention
 from spvit_jax.kernels.mesh import on_each_device
 from spvit_jax.models.implementation import Implementation, check, choose, is_local
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import accumulation_dtype
+from spvit_jax.models.layers import Linear, accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
 Factors = tuple[jax.Array | None, jax.Array | None]  # G and B, or None where they are 1 and 0
@@ -139,10 +139,10 @@ class Attention(nnx.Module):
         check(implementation, dim // num_heads, dtype, other_scores=other_scores)
         self.num_heads = num_heads
         self.implementation: Implementation = "xla" if talking_heads else implementation
-        self.qkv = nnx.Linear(
+        self.qkv = Linear(
             dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
-        self.proj = nnx.Linear(dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
         self.prior = (
             SpatialPrior(num_heads, dim // num_heads, extent=prior_extent, rngs=rngs)
             if spatial_prior

@@ -17,7 +17,7 @@ from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp
+from spvit_jax.models.layers import LayerNorm, LayerScale, Linear, Mlp
 from spvit_jax.models.stem import PatchEmbed
 
 
@@ -53,7 +53,7 @@ class ClassAttention(nnx.Module):
         self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         linear = functools.partial(
-            nnx.Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+            Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
         self.num_heads = num_heads
         self.q, self.k, self.v = (linear(use_bias=qkv_bias) for _ in range(3))
@@ -111,7 +111,7 @@ class CaiT(Model):
             [ClassBlock(config, rngs=rngs) for _ in range(config.class_layers)]
         )
         self.norm = LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(
+        self.head = Linear(
             dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
         self.eval()

@@ -102,6 +102,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "models/test_vit.py::test_logits_equal_the_reference",
     ),
     Mutant(
+        "a bias' gradient is rounded to the dtype of the computation",
+        "models/layers.py",
+        "preferred_element_type=accumulation_dtype(gradient.dtype)",
+        "preferred_element_type=gradient.dtype",
+        "models/test_layers.py::test_a_biass_gradient_is_summed_in_float32",
+    ),
+    Mutant(
         "the second pixel of a pair sees what the first does",
         "models/stem.py",
         "(1 + shift, 2 - shift), (0, 0), (0, 0))) for shift in (0, 1)",
