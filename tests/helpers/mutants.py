@@ -214,6 +214,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "models/test_implementation.py::test_the_devices_of_the_program_decide_not_those_of_the_process",
     ),
     Mutant(
+        "weights are for the devices that they were trained on",
+        "weights.py",
+        'dataclasses.replace(config, attention="auto")',
+        "config",
+        "models/test_implementation.py::test_weights_do_not_say_how_attention_is_computed",
+    ),
+    Mutant(
+        "devices add up the gradient of the N×N gain",
+        "models/attention.py",
+        "checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)",
+        """checkpoint_name(
+                        on_each_device(
+                            lambda qkv, f: fused_attention(
+                                qkv, num_heads, *f, interpret=name == "fused_interpret"
+                            ),
+                            qkv,
+                            factors(self.prior),
+                        ),
+                        CONTEXT,
+                    )""",
+        "kernels/test_fused.py::test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain",
+    ),
+    Mutant(
         "the class token enters a layer early",
         "models/vit.py",
         "return {layer: self._prepend_prefix}",
