@@ -49,7 +49,6 @@ def fused_attention(
     Returns:
       [B, N, D] in the dtype of `qkv`.
     """
-
     return _attention(qkv, gain, bias, num_heads, interpret)
 
 
