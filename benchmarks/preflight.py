@@ -2,9 +2,10 @@
 
     python -m benchmarks.preflight
 
-Runs the command that a user types, once for each recipe and topology, and keeps its JSON file. A
-recipe and topology with a file is not compiled again, so that this can be stopped and continued.
-The table goes between the two marks in a Markdown file, with a row for each JSON file.
+Runs the command that a user types, once for each recipe and topology, the most important first, and
+keeps its JSON file. A recipe and topology with a file is not compiled again, so that this can be
+stopped and continued; take another folder, or remove the files, when the step has changed. The
+table goes between the two marks in a Markdown file, with a row for each JSON file.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from typing import Any
 
 from absl import app, flags
 
-# Config files, each with its model and pixels in the table.
+from spvit_jax.preflight import report
+
+# Config files, each with its model and pixels in the table, the most important first.
 RECIPES = {
     "spvit.py:s": ("SP-ViT-S", 224),
-    "mait.py:s": ("MaiT-S", 224),
     "spvit.py:s,384": ("SP-ViT-S", 384),
     "spvit.py:m": ("SP-ViT-M", 224),
     "spvit.py:m,384": ("SP-ViT-M", 384),
     "spvit.py:l": ("SP-ViT-L", 224),
     "spvit.py:l,384": ("SP-ViT-L", 384),
+    "mait.py:s": ("MaiT-S", 224),
 }
 # Topologies, each with the batch size where it is not the recipe's.
-TOPOLOGIES = {"v5e:4x4": None, "v5p:2x2x2": None, "v6e:4x4": None, "v5e:16x16": 4096}
+TOPOLOGIES = {"v5e:4x4": None, "v6e:4x4": None, "v5p:2x2x2": None, "v5e:16x16": 4096}
+PAIRS = [(recipe, topology) for topology in TOPOLOGIES for recipe in RECIPES]
 MARKS = "<!-- table -->", "<!-- end of the table -->"
 GIB = 2**30
 
@@ -52,39 +56,49 @@ def path_of(recipe: str, topology: str, folder: pathlib.Path) -> pathlib.Path:
     return folder / f"{name.replace(':', '-').replace(',', '-')}.json"
 
 
+def read(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns a record; None without one, or if it is of an older form."""
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return record if record.get("format") == report.FORMAT else None
+
+
 def row(recipe: str, topology: str, record: dict[str, Any]) -> str:
     """Returns the table's line for one recipe on one topology, from its JSON file."""
     model, size = RECIPES[recipe]
     first = f"| {model} | {size} | {topology} |"
-    if not record["fits"]:
-        needed = f"{record['needed_bytes'] / GIB:.1f}"
-        if not record["ways"]:
-            return f"{first} {TOPOLOGIES[topology] or ''} | {needed}, too much | | | | | | | | |"
-        way = record["ways"][0]
-        changes = ", ".join(f"`{name}={value}`" for name, value in way["changes"].items())
-        return line(first, way["account"], f"{needed}, too much; with {changes} ")
-    return line(first, record["account"], "")
+    if record["fits"]:
+        return line(first, record["account"], "")
+    needed = f"{record['needed_bytes'] / GIB:.1f}, too much"
+    if not record["ways"]:
+        return f"{first} {TOPOLOGIES[topology] or ''} | {needed}" + " |" * 11
+    way = record["ways"][0]
+    changes = ", ".join(f"`{name}={value}`" for name, value in way["changes"].items())
+    return line(first, way["account"], f"{needed}; with {changes} ")
 
 
 def line(first: str, compiled: dict[str, Any], remark: str) -> str:
     """Returns a line of the table: its first cells, and those of the compiled steps."""
-    step, bound = compiled["train_step"], compiled["bound_seconds"]
-    memory = step["memory_bytes"]
-    state = sum(
-        memory.get(kind, 0) for kind in ("parameters", "optimizer", "moving average", "other state")
-    )
+    step, expected, at_best = compiled["train_step"], compiled["expected"], compiled["at_best"]
+    clock = step["clock"]
+    largest = [
+        f"{part} {100 * seconds / clock['seconds']:.0f}%"
+        for part, seconds in list(clock["seconds_by_part"].items())[:3]
+    ]
     seconds = step["compile_seconds"] + compiled["eval_step"]["compile_seconds"]
     cells = [
         str(compiled["batch_size"]),
         f"{remark}{compiled['needed_bytes'] / GIB:.2f} of {compiled['usable_bytes'] / GIB:.2f}",
-        f"{state / GIB:.2f}",
-        f"{memory['activations'] / GIB:.2f}",
-        f"{memory['temporaries'] / GIB:.2f}",
-        f"{1000 * bound['step']:.0f} ({bound['by']})",
-        f"{compiled['images_per_second_at_bound']:,.0f}",
-        f"{100 * compiled['mfu_at_bound']:.0f}%",
-        f"{compiled['hours_at_bound']:.1f}",
-        f"{compiled['chip_hours_at_bound']:.0f}",
+        f"{1000 * expected['step_seconds']:.0f}",
+        f"{1000 * at_best['step_seconds']:.0f} ({at_best['by']})",
+        f"{expected['images_per_second']:,.0f}",
+        f"{at_best['images_per_second']:,.0f}",
+        f"{100 * expected['mfu']:.0f}%",
+        f"{100 * at_best['mfu']:.0f}%",
+        f"{expected['hours']:.1f}",
+        f"{expected['chip_hours']:.0f}",
+        ", ".join(largest),
         f"{seconds / 60:.0f} min",
     ]
     return f"{first} {' | '.join(cells)} |"
@@ -93,18 +107,18 @@ def line(first: str, compiled: dict[str, Any], remark: str) -> str:
 def table(folder: pathlib.Path) -> str:
     """Returns the JSON files of a folder as a Markdown table, with a list of the missing ones."""
     head = (
-        *("model", "pixels", "topology", "batch"),
-        *("memory, GiB", "state", "activations", "temporaries"),
-        *("step at best, ms", "images/s", "MFU", "hours", "chip-hours", "compiled in"),
+        *("model", "pixels", "topology", "batch", "memory, GiB"),
+        *("step expected, ms", "at best", "images/s expected", "at best"),
+        *("MFU expected", "at best", "hours expected", "chip-hours"),
+        *("most of it is", "compiled in"),
     )
     lines, missing = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
-    for recipe in RECIPES:
-        for topology in TOPOLOGIES:
-            path = path_of(recipe, topology, folder)
-            if path.exists():
-                lines.append(row(recipe, topology, json.loads(path.read_text())))
-            else:
-                missing.append(f"{recipe} on {topology}")
+    for recipe, topology in PAIRS:
+        record = read(path_of(recipe, topology, folder))
+        if record is None:
+            missing.append(f"{recipe} on {topology}")
+        else:
+            lines.append(row(recipe, topology, record))
     if missing:
         lines += ["", f"Not recorded yet: {'; '.join(missing)}."]
     return "\n".join(lines)
@@ -125,20 +139,21 @@ def main(argv: list[str]) -> None:
     write(table(folder), target)
     if flags.FLAGS.table_only:
         return
-    # The topologies that people have first.
-    for topology in TOPOLOGIES:
-        for recipe in RECIPES:
-            path = path_of(recipe, topology, folder)
-            if path.exists():
-                continue
-            partial = path.with_suffix(".partial")
-            arguments = command(recipe, topology, partial)
-            print(" ".join(arguments[1:]), flush=True)
+    for recipe, topology in PAIRS:
+        path = path_of(recipe, topology, folder)
+        if read(path) is not None:
+            continue
+        partial = path.with_suffix(".partial")
+        arguments = command(recipe, topology, partial)
+        print(" ".join(arguments[1:]), flush=True)
+        try:
             code = subprocess.run(arguments, check=False).returncode
-            print(f"exit code {code}", flush=True)
-            if partial.exists():
-                partial.rename(path)
-            write(table(folder), target)
+        except KeyboardInterrupt:
+            sys.exit("stopped; start it again to continue")
+        print(f"exit code {code}", flush=True)
+        if partial.exists():
+            partial.replace(path)
+        write(table(folder), target)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ The train step and the eval step are those of `train.py`, with its shardings and
 compiled by the TPU's own compiler on any Linux machine with an x86 CPU, in minutes. The report says
 whether they fit in memory, what they cost, and whether the run can start.
 
-Exit code 0: the run fits and every check passed; 1: a check failed, or the run does not fit, and
-changes with which it would have been printed; 2: wrong input. Data that is not on this machine is
-no error where its size is known.
+Exit code 0: the run fits and every check passed; 1: a check failed, the compiler did, or the run
+does not fit, and changes with which it would have been printed; 2: wrong input; 130: stopped by
+Ctrl-C. Data that is not on this machine is no error where its size is known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import signal
 from typing import Any
 
 from absl import flags
@@ -27,10 +28,13 @@ from ml_collections import ConfigDict
 from spvit_jax import atomic, cli, paths, plan
 from spvit_jax.errors import InputError
 from spvit_jax.preflight import launch_checks, libtpu, report, search
+from spvit_jax.preflight.compile import CompilerError
 from spvit_jax.preflight.launch_checks import Check
 from spvit_jax.preflight.search import Replan, Trial
 from spvit_jax.preflight.topology import Topology, get_topology
 from spvit_jax.training.run import TrainingRun
+
+_STOPPED = 128 + signal.SIGINT  # exit code, as shells have it
 
 
 def preflight(
@@ -41,6 +45,7 @@ def preflight(
     workdir: epath.Path | None = None,
     ways: int = 3,
     show_shardings: bool = False,
+    bundles: bool = False,
 ) -> tuple[bool, dict[str, Any]]:
     """Checks a launch, compiles its steps, and prints the report.
 
@@ -51,15 +56,17 @@ def preflight(
       workdir: workdir of the run, to be checked; None for no check.
       ways: number of ways to look for to make the run fit, where it does not.
       show_shardings: whether to print the sharding of each parameter.
+      bundles: whether to time kernels by their instruction bundles, as `child.compile_steps`.
 
     Returns:
       Whether the run can be launched, and the report for JSON.
 
     Raises:
       InputError: libtpu is missing, or the configuration or the topology cannot be used.
+      CompilerError: the compiler failed or crashed, or what it made cannot be read.
     """
     topology, replan, checks = _prepare(config, topology_name, num_slices)
-    run = replan({})
+    run = replan({}, devices=topology.devices)
     checks += launch_checks.check_launch(run, workdir)
     print(report.describe(run, topology))
     for check in checks:
@@ -68,9 +75,9 @@ def preflight(
         print(report.shardings(run))
     print("compiling       the train step and the eval step; a deep model takes long", flush=True)
 
-    trial = search.compile_trial(replan, topology, {})
+    trial = search.compile_trial(replan, topology, {}, bundles=bundles)
     if trial.needed is None:
-        raise InputError(trial.reason)
+        raise CompilerError(trial.reason)
     if trial.compiled is not None:
         print(report.as_text(trial.compiled))
     print(report.verdict(topology, trial.needed), flush=True)
@@ -83,6 +90,7 @@ def preflight(
         )
         _advise(run, topology, found)
     result = {
+        "format": report.FORMAT,
         **report.trial_dict(trial),
         "checks": [vars(check) for check in checks],
         "ways": [report.trial_dict(way) for way in found],
@@ -114,7 +122,8 @@ def sweep(
       The trials for JSON.
     """
     topology, replan, _ = _prepare(config, topology_name, num_slices)
-    print(report.describe(replan({}), topology), flush=True)
+    run = replan({}, devices=topology.devices)
+    print(report.describe(run, topology), flush=True)
     batch = config.data.batch_size
     trials: list[Trial] = []
     for batch_size, remat, fsdp in itertools.product(
@@ -144,7 +153,6 @@ def _prepare(
         plan.training_run,
         config,
         data,
-        devices=topology.devices,
         teacher=None if teacher is None else teacher.model,
     )
     return topology, replan, checks
@@ -180,6 +188,9 @@ def main() -> None:
         "ways", 3, "Ways to look for to make a run fit, where it does not.", 0
     )
     shardings = flags.DEFINE_bool("shardings", False, "Print the sharding of each parameter.")
+    bundles = flags.DEFINE_bool(
+        "bundles", False, "Time kernels by their bundles; compiling takes three times as long."
+    )
     sweeping = flags.DEFINE_bool("sweep", False, "Try batch sizes, remat and meshes, as a table.")
     batch_sizes = flags.DEFINE_list("sweep_batch_size", [], "Batch sizes; else ½, 1 and 2 times.")
     remats = flags.DEFINE_list("sweep_remat", [], "true, false or both; else both.")
@@ -205,13 +216,22 @@ def main() -> None:
                 workdir=paths.parse(workdir.value) if workdir.value else None,
                 ways=ways.value,
                 show_shardings=shardings.value,
+                bundles=bundles.value,
             )
         if target is not None:
             _write(target, result)
         if not ready:
             cli.fail("not ready to launch; see above", code=1)
 
-    cli.run(command)
+    def stoppable() -> None:
+        try:
+            command()
+        except CompilerError as error:
+            cli.fail(error, code=1)
+        except KeyboardInterrupt:
+            cli.fail("stopped", code=_STOPPED)
+
+    cli.run(stoppable)
 
 
 def _write(path: epath.Path, result: dict[str, Any]) -> None:

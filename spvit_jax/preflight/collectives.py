@@ -55,7 +55,7 @@ def collectives(
         size = max((len(group) for group in groups), default=1)
         axis = _axis_of(groups, mesh_shape, pairs=kind == "collective-permute")
         add(kind, axis, times, _sent(kind, instruction, size))
-    for instruction, times in program.executed():
+    for instruction, times, _ in program.executed():
         if instruction.opcode == "send" and "xla_megascale_runtime" in instruction.attributes:
             kind, nbytes = _sent_to_slices(instruction, num_slices)
             add(kind, BETWEEN_SLICES, times, nbytes)
@@ -71,7 +71,7 @@ def _found(program: HloModule) -> Iterator[tuple[str, Instruction, int]]:
     result is a reduce-scatter.
     """
     seen = set()
-    for instruction, times in program.executed():
+    for instruction, times, _ in program.executed():
         fused = instruction.opcode == "fusion"
         scatters = fused and (instruction.called("calls") or "").startswith("all-reduce-scatter")
         for inner in program.fused_instructions(instruction):

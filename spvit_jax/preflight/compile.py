@@ -1,10 +1,12 @@
-"""Compiles a run's steps for a topology, and reads memory and cost from the compiled programs."""
+"""Compiles a run's steps for a topology, and reads memory, cost and time from the programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +14,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from spvit_jax.errors import first_line
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.preflight import hlo
+from spvit_jax.preflight import hlo, kernels
 from spvit_jax.preflight.activations import kept_bytes
+from spvit_jax.preflight.bundles import read_folder
+from spvit_jax.preflight.clock import Clock, read_clock
 from spvit_jax.preflight.collectives import BETWEEN_SLICES, Collective, collectives
 from spvit_jax.preflight.cost import count_cost
-from spvit_jax.preflight.topology import GIB
+from spvit_jax.preflight.topology import GIB, Chip
 from spvit_jax.training import sharding
 
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
@@ -46,6 +51,13 @@ class DoesNotFitError(Exception):
         super().__init__(f"the {step} needs {needed / GIB:.2f} GiB")
         self.needed, self.step = needed, step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DoesNotFitError, (self.needed, self.step)  # pickled by its arguments
+
+
+class CompilerError(Exception):
+    """The compiler failed, or what it made cannot be read; the message is one line."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
@@ -56,6 +68,7 @@ class CompiledStep:
       flops: FLOPs of the products in the compiled program, two per multiply-add.
       hbm_bytes: bytes that instructions read from HBM and write there.
       collectives: communication with other chips.
+      clock: expected time, by the compiler's cycles.
       compiler: the compiler's own figures, for comparison: its sizes, and its analysis of
         operations and bytes, in which a loop counts once and fast memory like HBM.
       unknown_loops: number of loops that are counted as if they ran once.
@@ -66,6 +79,7 @@ class CompiledStep:
     flops: float
     hbm_bytes: float
     collectives: list[Collective]
+    clock: Clock
     compiler: dict[str, float]
     unknown_loops: int
     seconds: float
@@ -90,8 +104,15 @@ class CompiledStep:
         )
 
 
-def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh) -> CompiledStep:
-    """Compiles a jitted step and reads memory and cost from the compiled program.
+def compile_step(
+    name: str,
+    step: Any,
+    arguments: Mapping[str, Any],
+    mesh: Mesh,
+    chip: Chip,
+    bundles: pathlib.Path | None = None,
+) -> CompiledStep:
+    """Compiles a jitted step and reads memory, cost and time from the compiled program.
 
     Args:
       name: `TRAIN_STEP` or `EVAL_STEP`.
@@ -99,9 +120,12 @@ def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh)
       arguments: arguments of the step in order, as shapes with shardings; `CompiledStep.memory`
         is sorted by their names.
       mesh: mesh of the devices of a `topology.Topology`.
+      chip: its chips.
+      bundles: folder that libtpu writes instruction bundles to, where it was told to.
 
     Raises:
       DoesNotFitError: the compiler ran out of the chip's memory.
+      CompilerError: the compiler failed, or what it made cannot be read.
     """
     start = time.monotonic()
     try:
@@ -109,19 +133,47 @@ def compile_step(name: str, step: Any, arguments: Mapping[str, Any], mesh: Mesh)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
-            raise
+            raise CompilerError(
+                f"the compiler failed at the {name}: {first_line(error)}"
+            ) from error
         raise DoesNotFitError(needed, name) from error
     seconds = time.monotonic() - start
-    program = hlo.parse(compiled.as_text())
+    text = compiled.as_text()
+    try:
+        return _read(text, compiled, arguments, mesh, chip, bundles, seconds)
+    except Exception as error:  # the text is libtpu's, and changes with its versions
+        kept = pathlib.Path(tempfile.mkdtemp(prefix="preflight-")) / f"{name.replace(' ', '-')}.txt"
+        kept.write_text(text)
+        raise CompilerError(
+            f"cannot read the compiled {name}, kept in {kept}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _read(
+    text: str,
+    compiled: Any,
+    arguments: Mapping[str, Any],
+    mesh: Mesh,
+    chip: Chip,
+    bundles: pathlib.Path | None,
+    seconds: float,
+) -> CompiledStep:
+    """Reads memory, cost and time of a compiled step, whose text is given too."""
+    program = hlo.parse(text)
     cost = count_cost(program)
     num_slices = sharding.num_slices(mesh)
     in_a_slice = {**mesh.shape, "data": mesh.shape["data"] // num_slices}
+    communication = collectives(program, in_a_slice, num_slices)
+    names = [one.name for one in program.instructions.values() if kernels.is_kernel(one)]
+    cycles = {} if bundles is None else read_folder(bundles, names)
     sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return CompiledStep(
         memory=_memory(compiled.input_formats[0], arguments, sizes, kept_bytes(program)),
         flops=2.0 * cost.macs,
         hbm_bytes=float(cost.hbm_bytes),
-        collectives=collectives(program, in_a_slice, num_slices),
+        collectives=communication,
+        clock=read_clock(program, chip, communication, cycles),
         compiler={
             "arguments": sizes.argument_size_in_bytes,
             "outputs": sizes.output_size_in_bytes,

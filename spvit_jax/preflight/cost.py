@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spvit_jax.preflight import kernels
 from spvit_jax.preflight.hlo import Array, HloModule, Instruction
 
-_FREE = frozenset(
-    {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
-)  # move no data, or their computations are counted
 _PARTS = frozenset({"dynamic-slice", "slice", "gather", "slice-start"})  # read what they return
 _WINDOW = frozenset({"stride", "pad", "lhs_dilate", "rhs_dilate"})
 
@@ -21,8 +19,8 @@ class Cost(NamedTuple):
     """Cost of one step on a chip.
 
     Attributes:
-      macs: multiply-adds of products.
-      bytes: bytes that instructions read and write, in any memory.
+      macs: multiply-adds of products, those of kernels as their authors count them.
+      bytes: bytes that instructions read and write, in any memory, with the padding of tiles.
       hbm_bytes: bytes that instructions read from HBM and write there.
     """
 
@@ -39,14 +37,26 @@ def count_cost(program: HloModule, *, repeat: bool = True) -> Cost:
       repeat: whether a loop counts as often as it runs; else once, as in XLA's analysis.
     """
     macs, everywhere, in_hbm = 0, 0, 0
-    for instruction, times in program.executed():
+    for instruction, times, _ in program.executed():
+        cost = instruction_cost(program, instruction)
         times = times if repeat else 1
-        macs += times * sum(
-            _products(program, inner) for inner in program.fused_instructions(instruction)
-        )
-        moved = _read(program, instruction) + _written(program, instruction)
-        everywhere += times * sum(move.nbytes for move in moved)
-        in_hbm += times * sum(move.nbytes for move in moved if move.in_hbm)
+        macs += times * cost.macs
+        everywhere += times * cost.bytes
+        in_hbm += times * cost.hbm_bytes
+    return Cost(macs, everywhere, in_hbm)
+
+
+def instruction_cost(program: HloModule, instruction: Instruction) -> Cost:
+    """Returns the cost of running one instruction once."""
+    macs = sum(_products(program, inner) for inner in program.fused_instructions(instruction))
+    moved = _read(program, instruction) + _written(program, instruction)
+    everywhere = sum(move.nbytes for move in moved)
+    in_hbm = sum(move.nbytes for move in moved if move.in_hbm)
+    estimate = kernels.cost_estimate(instruction)
+    if estimate is not None:  # a kernel may read an operand more than once
+        macs += estimate.flops // 2
+        again = max(estimate.bytes - everywhere, 0)
+        everywhere, in_hbm = everywhere + again, in_hbm + again
     return Cost(macs, everywhere, in_hbm)
 
 
@@ -59,13 +69,13 @@ class _Move(NamedTuple):
 
 def _read(program: HloModule, instruction: Instruction) -> list[_Move]:
     """Returns the bytes that an instruction reads of each array of its operands."""
-    if _moves_nothing(instruction):
+    if instruction.moves_nothing:
         return []
     moves = []
     for index, name in enumerate(instruction.operands):
         part = _part_read(program, instruction, index)
         moves += [
-            _Move(array.nbytes if part is None else min(part, array.nbytes), array.in_hbm)
+            _Move(array.allocated if part is None else min(part, array.allocated), array.in_hbm)
             for array in program.instructions[name].arrays
         ]
     return moves
@@ -73,24 +83,16 @@ def _read(program: HloModule, instruction: Instruction) -> list[_Move]:
 
 def _written(program: HloModule, instruction: Instruction) -> list[_Move]:
     """Returns the bytes that an instruction writes of each array of its result."""
-    if _moves_nothing(instruction):
+    if instruction.moves_nothing:
         return []
     if instruction.opcode == "slice-start":  # its first array is what it reads from
-        return [_Move(array.nbytes, array.in_hbm) for array in instruction.arrays[1:2]]
+        return [_Move(array.allocated, array.in_hbm) for array in instruction.arrays[1:2]]
     if instruction.opcode.endswith("-start"):
-        return [_Move(array.nbytes, array.in_hbm) for array in instruction.arrays[:1]]
+        return [_Move(array.allocated, array.in_hbm) for array in instruction.arrays[:1]]
     sizes = _sizes_written(program, instruction)
     return [
         _Move(size, array.in_hbm) for size, array in zip(sizes, instruction.arrays, strict=True)
     ]
-
-
-def _moves_nothing(instruction: Instruction) -> bool:
-    return (
-        instruction.opcode in _FREE
-        or instruction.opcode.endswith("-done")
-        or 'custom_call_target="AllocateBuffer"' in instruction.attributes
-    )
 
 
 def _part_read(program: HloModule, instruction: Instruction, index: int) -> int | None:
@@ -102,24 +104,22 @@ def _part_read(program: HloModule, instruction: Instruction, index: int) -> int 
     if instruction.opcode == "dynamic-update-slice" and index == 0:
         return 0
     if instruction.opcode in _PARTS and index == 0:
-        return _returned(instruction).nbytes
-    body = program.computations.get(instruction.called("calls") or "")
-    if instruction.opcode != "fusion" or body is None:
+        return _returned(instruction).allocated
+    if (body := program.fused_computation(instruction)) is None:
         return None
-    inner = next(
-        inner for inner in body if inner.opcode == "parameter" and inner.attributes == f"({index})"
-    )
-    return _part_used(program, body, inner.name)
+    return _part_used(program, body, _parameter(body, index).name)
 
 
 def _part_used(program: HloModule, body: list[Instruction], name: str) -> int | None:
     """Returns how many bytes a computation reads of one of its arrays; None for all."""
     total = 0
     for user in body:
+        if user.name == name and user.is_root:
+            return None  # the array is the result: whoever runs the computation reads it
         for index, operand in enumerate(user.operands):
             if operand != name:
                 continue
-            if user.opcode == "bitcast":
+            if _is_view(program, user, index):
                 part = _part_used(program, body, user.name)
             else:
                 part = _part_read(program, user, index)
@@ -129,25 +129,46 @@ def _part_used(program: HloModule, body: list[Instruction], name: str) -> int | 
     return total
 
 
+def _is_view(program: HloModule, instruction: Instruction, index: int) -> bool:
+    """Returns whether an instruction's result is one of its operands in another shape.
+
+    It is a bitcast, or a fusion, inside of another one, of nothing but bitcasts.
+    """
+    if instruction.opcode == "bitcast":
+        return True
+    if (body := program.fused_computation(instruction)) is None:
+        return False
+    views = {_parameter(body, index).name}
+    for inner in body:
+        if views.intersection(inner.operands) and _is_view(program, inner, 0):
+            views.add(inner.name)
+    return any(inner.is_root and inner.name in views for inner in body)
+
+
+def _parameter(body: list[Instruction], index: int) -> Instruction:
+    return next(
+        inner for inner in body if inner.opcode == "parameter" and inner.attributes == f"({index})"
+    )
+
+
 def _sizes_written(program: HloModule, instruction: Instruction) -> list[int]:
     """Returns the bytes written of each array of a result; those of its update if in place."""
     if instruction.opcode == "dynamic-update-slice":
-        return [program.instructions[instruction.operands[1]].arrays[0].nbytes]
-    body = program.computations.get(instruction.called("calls") or "")
-    if instruction.opcode != "fusion" or body is None:
-        return [array.nbytes for array in instruction.arrays]
+        return [program.instructions[instruction.operands[1]].arrays[0].allocated]
+    whole = [array.allocated for array in instruction.arrays]
+    if (body := program.fused_computation(instruction)) is None:
+        return whole
     root = next(inner for inner in body if inner.is_root)
     results = [root] if root.opcode != "tuple" else [program.instructions[n] for n in root.operands]
     sizes = []
     for result in results:
         while result.opcode == "bitcast":
             result = program.instructions[result.operands[0]]
-        sizes += _sizes_written(program, result)
-    return (
-        sizes
-        if len(sizes) == len(instruction.arrays)
-        else [array.nbytes for array in instruction.arrays]
-    )
+        if result.opcode == "dynamic-update-slice" or program.fused_computation(result):
+            sizes += _sizes_written(program, result)
+        else:
+            sizes.append(instruction.arrays[len(sizes)].allocated)
+    return sizes if len(sizes) == len(whole) else whole
 
 
 def _returned(instruction: Instruction) -> Array:

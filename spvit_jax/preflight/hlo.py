@@ -1,6 +1,7 @@
 """Parser of compiled HLO: the instructions that a chip runs, how often, and on which arrays.
 
-The text is XLA's, after all passes. Nothing here knows what the program is for.
+The text is XLA's, after all passes. Nothing here knows what the program is for. The lines of Python
+that instructions come from are in `stack_frames.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from spvit_jax.preflight import stack_frames
+
 _ITEM = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^{}]*)\})?")  # f32[8,128]{1,0:T(8,128)}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 _OPERAND = re.compile(r"%([\w.-]+)")
+_FREE = frozenset(
+    {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
+)
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")  # memory, and parts that lie side by side in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +68,20 @@ class Instruction:
     attributes: str
     is_root: bool
 
-    @property
+    @functools.cached_property
     def operation(self) -> str:
         """JAX's name of the operation (`op_name`), such as `jit(step)/jvp()/add`; may be empty."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether the instruction neither computes nor moves data, or what it calls does so."""
+        return (
+            self.opcode in _FREE
+            or self.opcode.endswith("-done")
+            or any(f'custom_call_target="{name}"' in self.attributes for name in _FREE_CALLS)
+        )
 
     def called(self, attribute: str) -> str | None:
         """Returns the name of the computation in an attribute such as `body`; None without it."""
@@ -80,10 +96,12 @@ class HloModule:
     Attributes:
       computations: instructions of each computation in order, by its name.
       entry: name of the entry computation.
+      places: file and line in Python of each of the text's stack frames, by its number.
     """
 
     computations: dict[str, list[Instruction]]
     entry: str
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def called_computations(self, instruction: Instruction) -> list[str]:
         """Returns the names of the computations that an instruction runs, in order."""
@@ -113,20 +131,33 @@ class HloModule:
             for instruction in body
         }
 
-    def executed(self, computation: str | None = None, times: int = 1) -> Iterator[Executed]:
+    def executed(
+        self,
+        computation: str | None = None,
+        times: int = 1,
+        loops: tuple[Instruction, ...] = (),
+    ) -> Iterator[Executed]:
         """Yields the instructions that a chip runs, each with the number of times that it runs.
 
         Args:
           computation: computation to start from; the entry computation if not given.
           times: number of times the computation runs.
+          loops: loops that the computation is in.
         """
         for instruction in self.computations[computation or self.entry]:
             called = self.called_computations(instruction)
             if not called:
-                yield Executed(instruction, times)
-            iterations = (self.trip_count(instruction) or 1) if instruction.opcode == "while" else 1
+                yield Executed(instruction, times, loops)
+            is_loop = instruction.opcode == "while"
+            iterations = (self.trip_count(instruction) or 1) if is_loop else 1
+            within = (*loops, instruction) if is_loop else loops
             for name in called:
-                yield from self.executed(name, times * iterations)
+                yield from self.executed(name, times * iterations, within)
+
+    def place(self, instruction: Instruction) -> str:
+        """Returns the file and line in Python that an instruction comes from; may be empty."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        return self.places.get(found[1], "") if found else ""
 
     def loops_of_unknown_length(self) -> int:
         """Returns the number of loops without a known trip count, which count as one iteration."""
@@ -150,21 +181,28 @@ class HloModule:
         value = re.match(r"\((\d+)\)", limit.attributes) if limit.opcode == "constant" else None
         return int(value[1]) if value else None
 
+    def fused_computation(self, instruction: Instruction) -> list[Instruction] | None:
+        """Returns the instructions of a fusion, in which others may be; None for all else."""
+        if instruction.opcode != "fusion":
+            return None
+        return self.computations[instruction.called("calls") or ""]
+
     def fused_instructions(self, instruction: Instruction) -> Iterator[Instruction]:
         """Yields the instructions inside a fusion; any other instruction as it is."""
-        fused = instruction.called("calls") if instruction.opcode == "fusion" else None
+        fused = self.fused_computation(instruction)
         if fused is None:
             yield instruction
         else:
-            for inner in self.computations[fused]:
+            for inner in fused:
                 yield from self.fused_instructions(inner)
 
 
 class Executed(NamedTuple):
-    """An instruction, and the number of times that it runs in one step."""
+    """An instruction, the number of times that it runs in one step, and the loops around it."""
 
     instruction: Instruction
     times: int
+    loops: tuple[Instruction, ...] = ()
 
 
 def parse(text: str) -> HloModule:
@@ -192,7 +230,7 @@ def parse(text: str) -> HloModule:
                 current.append(_instruction(name, line[name.end() :]))
     if not entry:
         raise ValueError("not the text of a program: it has no ENTRY")
-    return HloModule(computations, entry)
+    return HloModule(computations, entry, stack_frames.read(text))
 
 
 def _instruction(name: re.Match[str], rest: str) -> Instruction:

@@ -6,12 +6,16 @@ import importlib.metadata
 from typing import Any
 
 from spvit_jax.models.naming import named_leaves
+from spvit_jax.preflight.clock import CALIBRATION, CYCLES, Clock
 from spvit_jax.preflight.compile import CompiledStep
-from spvit_jax.preflight.roofline import CompiledRun, roofline
+from spvit_jax.preflight.roofline import CompiledRun, Speed
 from spvit_jax.preflight.search import Trial, as_flags
 from spvit_jax.preflight.topology import GIB, Topology
 from spvit_jax.training import sharding
 from spvit_jax.training.run import TrainingRun
+
+FORMAT = 2  # of the records; the first had no expected times
+_LONGEST = 20  # instructions of a step in a record
 
 
 def describe(run: TrainingRun, topology: Topology) -> str:
@@ -23,7 +27,7 @@ def describe(run: TrainingRun, topology: Topology) -> str:
     micro = f" in {parts} micro-batches" if parts > 1 else ""
     hosts = "1 host" if topology.hosts == 1 else f"{topology.hosts} hosts"
     return (
-        f"topology        {topology.name}, {run.mesh.size} chips with {hosts}; mesh data "
+        f"topology        {topology.name}, {topology.chips} chips with {hosts}; mesh data "
         f"{mesh['data']} × fsdp {mesh['fsdp']}\n"
         f"model           {config.model.name} at {size} pixels in {run.model.dtype}{remat}\n"
         f"steps           {run.steps:,} of {config.data.batch_size:,} images{micro}\n"
@@ -32,20 +36,17 @@ def describe(run: TrainingRun, topology: Topology) -> str:
 
 
 def as_text(compiled: CompiledRun) -> str:
-    """Returns the memory and cost of both steps and their roofline as lines of text."""
-    run, train, chip = compiled.run, compiled.train, compiled.chip
-    limits, seconds = compiled.roofline, compiled.roofline.seconds
+    """Returns memory, cost and time of a compiled run as lines of text."""
+    train, evaluation, chip = compiled.train, compiled.evaluation, compiled.chip
     lines = [
-        f"compiled        train step {train.seconds:.0f} s, eval step "
-        f"{compiled.evaluation.seconds:.0f} s",
+        f"compiled        train step {train.seconds:.0f} s, eval step {evaluation.seconds:.0f} s",
         "",
         "memory of a chip, GiB",
     ]
     lines += [f"  {kind:<28}{size / GIB:9.3f}" for kind, size in train.memory.items()]
     lines += [
         f"  {'train step':<28}{train.total / GIB:9.3f}",
-        f"  {'eval step, state beside it':<28}"
-        f"{(compiled.evaluation.total + compiled.resident) / GIB:9.3f}",
+        f"  {'eval step, state beside it':<28}{(evaluation.total + compiled.resident) / GIB:9.3f}",
         f"  {'usable':<28}{chip.usable_hbm / GIB:9.3f}  of {chip.hbm / GIB:g}",
         "",
         "a step of training, per chip",
@@ -59,17 +60,52 @@ def as_text(compiled: CompiledRun) -> str:
     ]
     if train.unknown_loops:
         lines.append(f"  {train.unknown_loops} loops of unknown length count as if they ran once")
-    each = ", ".join(f"{name} {1000 * s:.3f}" for name, s in limits._asdict().items() if s)
+    return "\n".join([*lines, "", *_clock_lines(train.clock), "", *_speed_lines(compiled)])
+
+
+def _clock_lines(clock: Clock) -> list[str]:
+    """Returns the parts of a step by their expected time, and warnings of what is large."""
+    lines = ["where its time is expected to go, ms"]
     lines += [
-        "",
-        "at best",
-        f"  {'step':<28}{1000 * seconds:9.3f} ms, by {limits.by} ({each})",
-        f"  {'images per second':<28}{compiled.images_per_second:9,.0f}",
-        f"  {'model FLOPs utilisation':<28}{100 * compiled.mfu:9.1f} %",
-        f"  {'the whole recipe':<28}{compiled.hours:9.2f} hours, "
-        f"{compiled.hours * run.mesh.size:.1f} chip-hours",
+        f"  {part:<28}{1000 * seconds:9.3f}  {100 * seconds / clock.seconds:4.1f} %"
+        for part, seconds in clock.by_part.items()
     ]
-    return "\n".join(lines)
+    lines.append(f"  {'one after the other':<28}{1000 * clock.seconds:9.3f}")
+    lines += [
+        f"  of it from {basis:<17}{1000 * seconds:9.3f}  an estimate"
+        for basis, seconds in clock.by_basis.items()
+        if basis != CYCLES and seconds > 0.001 * clock.seconds
+    ]
+    for one in clock.large:
+        share = 100 * one.seconds / clock.seconds
+        where = one.place or "no line of Python"
+        lines.append(
+            f"  warning: {one.name} takes {share:.0f}% of the step, and is no product: {one.part}, "
+            f"{where}"
+        )
+    return lines
+
+
+def _speed_lines(compiled: CompiledRun) -> list[str]:
+    """Returns the expected speed of a run beside the best that its chips allow."""
+    expected, at_best, limits = compiled.expected, compiled.at_best, compiled.roofline
+    each = ", ".join(f"{name} {1000 * s:.3f}" for name, s in limits._asdict().items() if s)
+    rows = {
+        "step, ms": (1000 * expected.step, 1000 * at_best.step, ".3f"),
+        "images per second": (expected.images_per_second, at_best.images_per_second, ",.0f"),
+        "model FLOPs utilisation, %": (100 * expected.mfu, 100 * at_best.mfu, ".1f"),
+        "the whole recipe, hours": (expected.hours, at_best.hours, ".2f"),
+        "chip-hours": (expected.chip_hours, at_best.chip_hours, ".1f"),
+    }
+    return [
+        f"{'':<30}{'expected':>9}{'at best':>12}",
+        *(
+            f"  {name:<28}{one:9{form}}{other:12{form}}"
+            for name, (one, other, form) in rows.items()
+        ),
+        f"  at best by {limits.by} ({each})",
+        f"  {CALIBRATION}",
+    ]
 
 
 def verdict(topology: Topology, needed: float) -> str:
@@ -92,10 +128,11 @@ def as_dict(compiled: CompiledRun) -> dict[str, Any]:
     Those of the steps are per chip, images per second and chip-hours of all chips.
     """
     run, limits = compiled.run, compiled.roofline
+    expected, at_best = compiled.expected, compiled.at_best
     return {
         "libtpu": importlib.metadata.version("libtpu"),
         "topology": compiled.topology.name,
-        "chips": run.mesh.size,
+        "chips": compiled.topology.chips,
         "hosts": compiled.topology.hosts,
         "mesh": dict(run.mesh.shape),
         "model": run.config.model.name,
@@ -111,12 +148,20 @@ def as_dict(compiled: CompiledRun) -> dict[str, Any]:
         "train_step": _step(compiled.train),
         "eval_step": _step(compiled.evaluation),
         "state_beside_eval_step_bytes": compiled.resident,
-        "bound_seconds": {**limits._asdict(), "step": limits.seconds, "by": limits.by},
-        "eval_bound_seconds": roofline(compiled.evaluation, compiled.chip).seconds,
-        "images_per_second_at_bound": compiled.images_per_second,
-        "mfu_at_bound": compiled.mfu,
-        "hours_at_bound": compiled.hours,
-        "chip_hours_at_bound": compiled.hours * run.mesh.size,
+        "expected": _speed(expected),
+        "at_best": {**_speed(at_best), "limits_seconds": limits._asdict(), "by": limits.by},
+        "calibration": CALIBRATION,
+    }
+
+
+def _speed(speed: Speed) -> dict[str, float]:
+    return {
+        "step_seconds": speed.step,
+        "eval_step_seconds": speed.eval_step,
+        "images_per_second": speed.images_per_second,
+        "mfu": speed.mfu,
+        "hours": speed.hours,
+        "chip_hours": speed.chip_hours,
     }
 
 
@@ -135,6 +180,13 @@ def _step(step: CompiledStep) -> dict[str, Any]:
             }
             for collective in step.collectives
         ],
+        "clock": {
+            "seconds": step.clock.seconds,
+            "seconds_by_part": step.clock.by_part,
+            "seconds_by_basis": step.clock.by_basis,
+            "large": [one.name for one in step.clock.large],
+            "longest": [vars(one) for one in step.clock.instructions[:_LONGEST]],
+        },
         "loops_of_unknown_length": step.unknown_loops,
         "compiler": step.compiler,
         "compile_seconds": step.seconds,
@@ -147,8 +199,8 @@ def trial_text(trial: Trial) -> str:
         return f"  {as_flags(trial.changes):<58} {trial.reason}"
     compiled = trial.compiled
     return (
-        f"  {as_flags(trial.changes):<58} {compiled.needed / GIB:6.2f} GiB, at best "
-        f"{compiled.images_per_second:,.0f} images/s, {compiled.hours:.2f} hours"
+        f"  {as_flags(trial.changes):<58} {compiled.needed / GIB:6.2f} GiB, expected "
+        f"{compiled.expected.images_per_second:,.0f} images/s, {compiled.expected.hours:.2f} hours"
     )
 
 
@@ -172,6 +224,7 @@ def table(trials: list[Trial]) -> str:
         "fsdp",
         "memory, GiB",
         "images/s",
+        "at best",
         "by",
         "MFU",
         "hours",
@@ -183,14 +236,16 @@ def table(trials: list[Trial]) -> str:
             str(trial.changes[name]) for name in ("data.batch_size", "model.remat", "mesh.fsdp")
         )
         if trial.compiled is None:
-            lines.append(f"| {first} | {trial.reason} | – | – | – | – | – |")
+            lines.append(f"| {first} | {trial.reason} | – | – | – | – | – | – |")
             continue
         compiled = trial.compiled
+        expected, at_best = compiled.expected, compiled.at_best
         seconds = compiled.train.seconds + compiled.evaluation.seconds
         memory = f"{compiled.needed / GIB:.2f}" + ("" if compiled.fits else ", too much")
         lines.append(
-            f"| {first} | {memory} | {compiled.images_per_second:,.0f} | {compiled.roofline.by} | "
-            f"{100 * compiled.mfu:.0f}% | {compiled.hours:.2f} | {seconds:.0f} s |"
+            f"| {first} | {memory} | {expected.images_per_second:,.0f} | "
+            f"{at_best.images_per_second:,.0f} | {compiled.roofline.by} | "
+            f"{100 * expected.mfu:.0f}% | {expected.hours:.2f} | {seconds:.0f} s |"
         )
     return "\n".join(lines)
 

@@ -1,9 +1,11 @@
-"""The roofline of a run on a topology: memory needed per chip, and the least time of a step."""
+"""A run compiled for a topology: memory needed per chip, the least and the expected step time."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from spvit_jax.models.complexity import count_macs
@@ -90,26 +92,60 @@ class CompiledRun:
         return roofline(self.train, self.chip)
 
     @property
+    def at_best(self) -> Speed:
+        """Speed at the roofline of both steps, which no run exceeds."""
+        return self._speed(lambda step: roofline(step, self.chip).seconds)
+
+    @property
+    def expected(self) -> Speed:
+        """Speed by the compiler's cycles of both steps."""
+        return self._speed(lambda step: expected_seconds(step, self.chip))
+
+    def _speed(self, seconds: Callable[[CompiledStep], float]) -> Speed:
+        return Speed(self.run, self.topology, seconds(self.train), seconds(self.evaluation))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Speed of a run whose steps take known times.
+
+    Attributes:
+      run: the run.
+      topology: the chips that it is on.
+      step: seconds of a train step.
+      eval_step: seconds of an eval step.
+    """
+
+    run: TrainingRun
+    topology: Topology
+    step: float
+    eval_step: float
+
+    @property
     def images_per_second(self) -> float:
-        """Training images per second over all chips, at the roofline."""
-        return self.run.config.data.batch_size / self.roofline.seconds
+        """Training images per second over all chips."""
+        return self.run.config.data.batch_size / self.step
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation at the roofline: 6 FLOPs per multiply-add of the model.
+        """Model FLOPs utilisation: 6 FLOPs per multiply-add of the model, of the chips' peak.
 
         Recomputation (remat) does not count; a teacher's forward pass does.
         """
         flops = 6 * count_macs(self.run.model)
         if self.run.teacher is not None:
             flops += 2 * count_macs(self.run.teacher)
-        return self.images_per_second * flops / (self.chip.flops * self.run.mesh.size)
+        return self.images_per_second * flops / (self.topology.chip.flops * self.run.mesh.size)
 
     @property
     def hours(self) -> float:
-        """Hours of the whole run at the roofline, its evaluations included."""
-        evaluation = roofline(self.evaluation, self.chip).seconds * self.run.eval_steps
-        return (self.roofline.seconds * self.run.steps + evaluation) / 3600
+        """Hours of the whole run, its evaluations included."""
+        return (self.step * self.run.steps + self.eval_step * self.run.eval_steps) / 3600
+
+    @property
+    def chip_hours(self) -> float:
+        """Hours of the whole run times the number of chips."""
+        return self.hours * self.topology.chips
 
 
 def roofline(step: CompiledStep, chip: Chip) -> Roofline:
@@ -122,20 +158,21 @@ def roofline(step: CompiledStep, chip: Chip) -> Roofline:
     )
 
 
-def compile_run(run: TrainingRun, topology: Topology) -> CompiledRun:
-    """Compiles both steps of a run whose mesh is of the topology's devices.
-
-    Raises:
-      DoesNotFitError: the compiler ran out of the chip's memory.
-    """
-    return CompiledRun(run, topology, compile_train_step(run), compile_eval_step(run))
+def expected_seconds(step: CompiledStep, chip: Chip) -> float:
+    """Returns the expected time of a step: by its instructions, and at least its roofline."""
+    return max(step.clock.seconds, roofline(step, chip).seconds)
 
 
-def compile_train_step(run: TrainingRun) -> CompiledStep:
-    """Compiles the train step of a run; raises as `compile_run`."""
-    return compile_step(TRAIN_STEP, run.train_step, run.train_arguments(), run.mesh)
+def compile_train_step(
+    run: TrainingRun, chip: Chip, bundles: pathlib.Path | None = None
+) -> CompiledStep:
+    """Compiles the train step of a run for its mesh of such chips; as `compile.compile_step`."""
+    arguments = run.train_arguments()
+    return compile_step(TRAIN_STEP, run.train_step, arguments, run.mesh, chip, bundles)
 
 
-def compile_eval_step(run: TrainingRun) -> CompiledStep:
-    """Compiles the eval step of a run; raises as `compile_run`."""
-    return compile_step(EVAL_STEP, run.eval_step, run.eval_arguments(), run.mesh)
+def compile_eval_step(
+    run: TrainingRun, chip: Chip, bundles: pathlib.Path | None = None
+) -> CompiledStep:
+    """Compiles the eval step of a run for its mesh of such chips; as `compile.compile_step`."""
+    return compile_step(EVAL_STEP, run.eval_step, run.eval_arguments(), run.mesh, chip, bundles)

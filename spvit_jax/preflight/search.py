@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,14 +12,15 @@ import numpy as np
 
 from spvit_jax.errors import InputError
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.preflight.compile import EVAL_STEP, TRAIN_STEP, DoesNotFitError
-from spvit_jax.preflight.roofline import CompiledRun, compile_run
+from spvit_jax.preflight import child
+from spvit_jax.preflight.compile import EVAL_STEP, TRAIN_STEP, CompilerError, DoesNotFitError
+from spvit_jax.preflight.roofline import CompiledRun
 from spvit_jax.preflight.topology import GIB, Chip, Topology
 from spvit_jax.training import sharding
 from spvit_jax.training.run import TrainingRun
 
 Changes = dict[str, Any]  # values of configuration fields, by names such as "model.remat"
-Replan = Callable[[Changes], TrainingRun]
+Replan = Callable[..., TrainingRun]  # of changes and `devices`; can be pickled
 _MAX_TRIALS = 9
 # Fraction of temporaries that remains with remat; an estimate, for the order alone.
 _REMAT_FRACTION = 0.4
@@ -31,7 +33,8 @@ class Trial:
     Attributes:
       changes: configuration fields that differ from the given configuration.
       compiled: the run with its compiled steps; None where there was an error.
-      needed: HBM bytes per chip; None where the configuration is no valid run.
+      needed: HBM bytes per chip; None where the configuration is no valid run, or the compiler
+        failed.
       reason: reason why the configuration cannot be run; empty if it can.
       too_large: step that does not fit in memory, if there is one.
     """
@@ -48,20 +51,25 @@ class Trial:
         return self.needed is not None and self.too_large is None
 
 
-def compile_trial(replan: Replan, topology: Topology, changes: Changes) -> Trial:
+def compile_trial(
+    replan: Replan, topology: Topology, changes: Changes, *, bundles: bool = False
+) -> Trial:
     """Compiles a run with some changes; the trial says so where that fails.
 
     Args:
-      replan: function from changes to the run with them.
+      replan: function from changes, and `devices`, to the run with them.
       topology: chips to compile for.
       changes: configuration fields to change.
+      bundles: whether to time kernels by their instruction bundles, as `child.compile_steps`.
     """
     try:
-        compiled = compile_run(replan(changes), topology)
+        run = replan(changes, devices=topology.devices)
+        steps = child.compile_steps(functools.partial(replan, changes), topology, bundles=bundles)
     except DoesNotFitError as error:
         return Trial(changes, None, error.needed, str(error), error.step)
-    except InputError as error:
+    except (InputError, CompilerError) as error:
         return Trial(changes, None, None, str(error))
+    compiled = CompiledRun(run, topology, *steps)
     reason = (
         "" if compiled.fits else f"the {compiled.too_large} needs {compiled.needed / GIB:.2f} GiB"
     )
@@ -84,7 +92,7 @@ def search(
     Args:
       run: run that does not fit.
       topology: chips that the run does not fit in.
-      replan: function from changes of the configuration to the run with them.
+      replan: function from changes of the configuration, and `devices`, to the run with them.
       failed: trial of the run without changes.
       ways: number of ways to look for.
       report: function that is called with each trial.
@@ -111,7 +119,7 @@ def search(
             found.append(trial)
         if len(found) == ways:
             break
-    return sorted(found, key=lambda trial: trial.compiled.roofline.seconds if trial.compiled else 0)
+    return sorted(found, key=lambda trial: trial.compiled.expected.step if trial.compiled else 0)
 
 
 def candidates(run: TrainingRun, chip: Chip, needed: float) -> Iterator[Changes]:

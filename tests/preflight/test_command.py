@@ -34,10 +34,10 @@ def _compile_once(trials, monkeypatch):
     """Lets tests that differ in what is beside the program share it."""
     compile_trial = search.compile_trial
 
-    def remembered(replan, topology, changes):
-        key = str(replan({}).config), topology.name, str(changes)
+    def remembered(replan, topology, changes, **options):
+        key = str(replan({}, devices=topology.devices).config), topology.name, str(changes)
         if key not in trials:
-            trials[key] = compile_trial(replan, topology, changes)
+            trials[key] = compile_trial(replan, topology, changes, **options)
         return trials[key]
 
     monkeypatch.setattr(search, "compile_trial", remembered)

@@ -71,7 +71,7 @@ def program():
 
 
 def test_loops_run_as_often_as_they_do(program):
-    times = {one.name: times for one, times in program.executed()}
+    times = {one.name: times for one, times, _ in program.executed()}
     assert (times["scattered"], times["fused"], times["right"]) == (1, 5, 5)
     assert "product" not in times  # inside of a fusion
     assert program.loops_of_unknown_length() == 0
@@ -80,7 +80,7 @@ def test_loops_run_as_often_as_they_do(program):
 
 
 def test_what_lies_in_fast_memory_is_no_traffic_of_hbm(program):
-    executed = {one.name: one for one, _ in program.executed()}
+    executed = {one.name: one for one, _, _ in program.executed()}
     (gathered,) = executed["right"].arrays
     assert (gathered.nbytes, gathered.in_hbm) == (2 * 32 * 16, False)
     assert executed["fused"].arrays[0].in_hbm
@@ -188,6 +188,40 @@ def test_a_part_of_an_array_is_read_and_written_as_a_part():
     part, index = 8 * 4 * 4, 4
     put = part + index + part + part  # reads the value and where; writes it into both results
     assert count_cost(hlo.parse(IN_PLACE)).hbm_bytes == put + (part + index) + part
+
+
+NESTED = """
+HloModule nested
+
+%only_a_bitcast (inner: f32[72,4]) -> f32[9,8,4] {
+  %inner = f32[72,4]{1,0} parameter(0)
+  ROOT %shaped = f32[9,8,4]{2,1,0} bitcast(%inner)
+}
+
+%outer (all: f32[72,4], at: s32[]) -> f32[1,8,4] {
+  %all = f32[72,4]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %view = f32[9,8,4]{2,1,0} fusion(%all), kind=kLoop, calls=%only_a_bitcast
+  ROOT %part = f32[1,8,4]{2,1,0} dynamic-slice(%view, %at), dynamic_slice_sizes={1,8,4}
+}
+
+%passing (given: f32[72,4]) -> f32[9,8,4] {
+  %given = f32[72,4]{1,0} parameter(0)
+  ROOT %passed = f32[9,8,4]{2,1,0} bitcast(%given)
+}
+
+ENTRY %main (stack: f32[72,4], at: s32[]) -> f32[1,8,4] {
+  %stack = f32[72,4]{1,0} parameter(0)
+  %round = s32[] parameter(1)
+  %copy = f32[9,8,4]{2,1,0} fusion(%stack), kind=kLoop, calls=%passing
+  ROOT %taken = f32[1,8,4]{2,1,0} fusion(%stack, %round), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_what_is_read_through_a_nested_bitcast():
+    whole, part, index = 72 * 4 * 4, 8 * 4 * 4, 4
+    assert count_cost(hlo.parse(NESTED)).hbm_bytes == 2 * whole + (part + index) + part
 
 
 def test_places_where_a_kernel_meets_its_operand():

@@ -3,6 +3,7 @@
 import pytest
 
 from spvit_jax.models.complexity import count_macs, count_parameters
+from spvit_jax.preflight.clock import CYCLES
 from spvit_jax.preflight.compile import ACTIVATIONS, TEMPORARIES
 from spvit_jax.preflight.roofline import (
     CompiledRun,
@@ -10,12 +11,13 @@ from spvit_jax.preflight.roofline import (
     compile_train_step,
     roofline,
 )
-from spvit_jax.preflight.topology import get_topology
+from spvit_jax.preflight.topology import CHIPS, get_topology
 from tests.helpers.tpu_compiler import WIDE, compiles_for_tpus, planned
 
 pytestmark = compiles_for_tpus
 
-CHIPS = 4
+V5E = CHIPS["v5e"]
+DEVICES = 4
 MESHES = {
     "replicated": {},
     "fsdp": {"mesh.fsdp": 4},
@@ -27,7 +29,7 @@ MESHES = {
 def steps():
     """The train step on each mesh."""
     return {
-        name: compile_train_step(planned("v5e:2x2", WIDE | changes))
+        name: compile_train_step(planned("v5e:2x2", WIDE | changes), V5E)
         for name, changes in MESHES.items()
     }
 
@@ -35,7 +37,9 @@ def steps():
 @pytest.fixture(scope="module")
 def compiled(steps):
     run = planned("v5e:2x2", WIDE)
-    return CompiledRun(run, get_topology("v5e:2x2"), steps["replicated"], compile_eval_step(run))
+    return CompiledRun(
+        run, get_topology("v5e:2x2"), steps["replicated"], compile_eval_step(run, V5E)
+    )
 
 
 def by_axis(step):
@@ -87,13 +91,13 @@ def test_memory_of_parameters_is_theirs(compiled):
 
 
 def test_operations_are_the_models_and_the_compilers(compiled):
-    images = compiled.run.config.data.batch_size / CHIPS
+    images = compiled.run.config.data.batch_size / DEVICES
     # Forward once, and backward to inputs and to weights; not to the images, though.
     assert compiled.train.flops == pytest.approx(
         6 * count_macs(compiled.run.model) * images, rel=0.05
     )
     assert compiled.train.flops == pytest.approx(compiled.train.compiler["flops"], rel=0.05)
-    evaluated = compiled.run.eval_batch_size / CHIPS
+    evaluated = compiled.run.eval_batch_size / DEVICES
     assert compiled.evaluation.flops == pytest.approx(
         2 * count_macs(compiled.run.model) * evaluated, rel=0.05
     )
@@ -134,7 +138,7 @@ def test_between_slices_go_the_gradients_and_little_else():
     assert run.mesh.shape == {"data": 4, "fsdp": 2}
     topology = get_topology("v5e:2x2", num_slices=2)
     assert topology.hosts == 2
-    step = compile_train_step(run)
+    step = compile_train_step(run, V5E)
     nbytes = 4 * count_parameters(run.model)
     # Each of the four chips of a slice has a quarter of the sum, and exchanges it for the others'.
     assert step.sent_to_slices == pytest.approx(nbytes / 4, rel=0.02)
@@ -151,15 +155,19 @@ def test_the_bound_is_that_of_the_slowest(compiled):
     assert limits.interconnect == compiled.train.sent / chip.ici_bandwidth
     assert limits.network == 0
     assert limits.seconds == max(limits)
-    assert compiled.images_per_second == compiled.run.config.data.batch_size / limits.seconds
-    flops = 6 * count_macs(compiled.run.model) * compiled.images_per_second
-    assert compiled.mfu == pytest.approx(flops / (CHIPS * 197e12))
-    assert 0 < compiled.mfu < 1
+    at_best = compiled.at_best
+    assert at_best.images_per_second == compiled.run.config.data.batch_size / limits.seconds
+    flops = 6 * count_macs(compiled.run.model) * at_best.images_per_second
+    assert at_best.mfu == pytest.approx(flops / (DEVICES * 197e12))
+    assert 0 < compiled.expected.mfu < at_best.mfu < 1
 
 
 def test_hours_are_those_of_all_steps_and_evaluations(compiled):
     assert (compiled.run.steps, compiled.run.eval_steps) == (1600, 10 * 2)
-    assert compiled.hours * 3600 > 1600 * compiled.roofline.seconds
+    assert compiled.at_best.hours * 3600 > 1600 * compiled.roofline.seconds
+    expected = compiled.expected
+    assert expected.hours * 3600 == pytest.approx(1600 * expected.step + 20 * expected.eval_step)
+    assert expected.chip_hours == DEVICES * expected.hours
 
 
 def test_evaluation_counts_the_state_that_waits(compiled):
@@ -169,3 +177,16 @@ def test_evaluation_counts_the_state_that_waits(compiled):
     assert compiled.needed == max(
         compiled.train.total, compiled.evaluation.total + compiled.resident
     )
+
+
+def test_the_expected_time_is_of_all_parts_and_above_the_roofline(steps, compiled):
+    clock = steps["replicated"].clock
+    assert sum(clock.by_part.values()) == pytest.approx(clock.seconds)
+    assert compiled.expected.step == max(clock.seconds, compiled.roofline.seconds)
+    parts = {"attention", "MLP", "qkv and projection", "norms", "stem", "heads and loss"}
+    assert parts | {"optimizer", "collectives"} <= set(clock.by_part)
+    assert clock.by_part.get("other", 0) < 0.05 * clock.seconds
+    # The compiler's cycles, and not an estimate, of nearly all.
+    assert clock.by_basis[CYCLES] > 0.9 * clock.seconds
+    looped = steps["both, in micro-batches"].clock
+    assert looped.seconds == pytest.approx(clock.seconds, rel=0.5)

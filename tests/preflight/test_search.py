@@ -86,7 +86,7 @@ def ways(run, monkeypatch):
 
         monkeypatch.setattr("spvit_jax.preflight.search.compile_trial", compile_trial)
         tried = []
-        topology = Topology("v5e:2x4", V5E, jax.devices(), hosts=2)
+        topology = Topology("v5e:2x4", V5E, jax.devices(), hosts=2, slice_name="v5e:2x4")
         failed = compile_trial(None, topology, {})
         found = search(run, topology, None, failed, ways=1, report=tried.append)
         return [one.changes for one in found], [one.changes for one in tried]

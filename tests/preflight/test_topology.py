@@ -1,6 +1,7 @@
 """Names of topologies, and the facts behind them."""
 
 import importlib.util
+import math
 import re
 from importlib.metadata import requires
 
@@ -25,12 +26,15 @@ from tests.helpers.tpu_compiler import needs_libtpu
         ("v6e:4x4", 16, 4),
         ("v4:2x2x2", 8, 2),  # one device per chip, not per core
         ("v5p:4x4x12", 192, 48),
+        ("tpu7x:2x2x2", 16, 2),  # two devices per chip
     ],
 )
 def test_topologies(name, count, hosts):
     libtpu.prepare()
     topology = get_topology(name)
     assert (len(topology.devices), topology.hosts) == (count, hosts)
+    sides = [int(side) for side in name.partition(":")[2].split("x")]
+    assert topology.chips == math.prod(sides)
     assert topology.chip.name == name.partition(":")[0]
 
 
@@ -50,7 +54,9 @@ def test_several_slices():
     assert topology.name == "3 slices of v5e:2x2"
     assert [device.slice_index for device in topology.devices] == [0] * 4 + [1] * 4 + [2] * 4
     assert topology.hosts == 3
-    with pytest.raises(InputError, match=r"no bandwidth between slices of v4; .*: v5e, v5p, v6e"):
+    with pytest.raises(
+        InputError, match=r"between slices of v4 is not known; .* take v5e, v5p, v6e"
+    ):
         get_topology("v4:2x2x2", num_slices=2)
 
 
@@ -59,7 +65,7 @@ def test_several_slices():
     [
         (
             "v6:4x4",
-            "expected one of v4, v5e, v5p, v6e and a shape in chips; did you mean 'v6e:4x4'",
+            "expected one of v4, v5e, v5p, v6e, tpu7x and a shape in chips; did you mean 'v6e:4x4'",
         ),
         ("v5e:3x5", "v5e comes in 1x1, 2x2, .*; did you mean 'v5e:4x4'"),
         ("v5e:4x2", "did you mean 'v5e:2x4'"),
@@ -81,7 +87,8 @@ def test_facts_are_consistent():
         # All of these chips do between 150 and 600 operations for a byte of memory, and links are
         # several times slower than memory.
         assert 150 < chip.flops / chip.hbm_bandwidth < 600
-        assert 3 < chip.hbm_bandwidth / chip.ici_bandwidth < 6
+        assert 3 < chip.hbm_bandwidth / chip.ici_bandwidth < 13
+        assert 0.9e9 < chip.hertz < 2.3e9
 
 
 def test_missing_libtpu_is_one_clear_error(monkeypatch):
