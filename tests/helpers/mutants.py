@@ -167,8 +167,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gradients of queries lack the scale",
         "kernels/fused.py",
-        "(dq * scale)",
-        "dq",
+        "_dot(dproducts, k, (1, 0)) * scale",
+        "_dot(dproducts, k, (1, 0))",
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
@@ -221,20 +221,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "models/test_implementation.py::test_weights_do_not_say_how_attention_is_computed",
     ),
     Mutant(
-        "devices add up the gradient of the N×N gain",
-        "models/attention.py",
-        "checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)",
-        """checkpoint_name(
-                        on_each_device(
-                            lambda qkv, f: fused_attention(
-                                qkv, num_heads, *f, interpret=name == "fused_interpret"
-                            ),
-                            qkv,
-                            factors(self.prior),
-                        ),
-                        CONTEXT,
-                    )""",
-        "kernels/test_fused.py::test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain",
+        "the gradient of the keys' bias is the last image's",
+        "kernels/fused.py",
+        "dshift_ref[0, rows, columns] += ",
+        "dshift_ref[0, rows, columns] = ",
+        "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
         "the class token enters a layer early",
