@@ -667,6 +667,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
     ),
     Mutant(
+        "a data set that is prepared twice is replaced while it is read",
+        "paths.py",
+        'mode = "overwrite" if replace else "create"',
+        'mode = "overwrite"',
+        "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
+    ),
+    Mutant(
         "half a checkpoint in a bucket counts",
         "training/checkpoint.py",
         "if ocp.utils.is_checkpoint_finalized(path)]",
