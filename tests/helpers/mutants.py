@@ -174,8 +174,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gradients of queries lack the scale",
         "kernels/fused.py",
-        "(dq * scale)",
-        "dq",
+        "_dot(dproducts, k, (1, 0)) * scale",
+        "_dot(dproducts, k, (1, 0))",
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
@@ -219,6 +219,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "jax.default_backend() if device is None else device.platform",
         "jax.default_backend()",
         "models/test_implementation.py::test_the_devices_of_the_program_decide_not_those_of_the_process",
+    ),
+    Mutant(
+        "weights are for the devices that they were trained on",
+        "weights.py",
+        'dataclasses.replace(config, attention="auto")',
+        "config",
+        "models/test_implementation.py::test_weights_do_not_say_how_attention_is_computed",
+    ),
+    Mutant(
+        "the gradient of the keys' bias is the last image's",
+        "kernels/fused.py",
+        "dshift_ref[0, rows, columns] += ",
+        "dshift_ref[0, rows, columns] = ",
+        "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
         "the class token enters a layer early",
@@ -657,6 +671,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "paths.py",
         "last.index(name) if name in last else -1",
         "0",
+        "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
+    ),
+    Mutant(
+        "a data set that is prepared twice is replaced while it is read",
+        "paths.py",
+        'mode = "overwrite" if replace else "create"',
+        'mode = "overwrite"',
         "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
     ),
     Mutant(
