@@ -42,6 +42,7 @@ _DURATIONS = (
 _CHANGEABLE = (
     "compilation_cache",
     "mesh",
+    "model.attention",
     "data.data_dir",
     "data.threads",
     "data.eval_batch_size",
