@@ -41,7 +41,6 @@ def deit(model: str, *, epochs: int) -> ConfigDict:
     config = config_lib.base()
     config.model.name = model
     config.model.dtype = "bfloat16"
-    config.model.scan = True
 
     config.augment.repeats = 3
     config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
@@ -97,7 +96,6 @@ def token_labelling(family: str, sizes: tuple[str, ...], arg: str | None) -> Con
     config.model.name = name
     config.model.image_size = args.image_size
     config.model.dtype = "bfloat16"
-    config.model.scan = True
 
     config.augment.interpolation = "random"
     config.augment.rand_augment = f"rand-{'n3-' if args.size == 'l' else ''}m9-mstd0.5-inc1"

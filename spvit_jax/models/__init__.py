@@ -45,6 +45,7 @@ __all__ = [
     "model_config",
     "read_image_size",
     "register_model",
+    "registered_name",
 ]
 
 FAMILIES: list[type[ModelConfig]] = [ViTConfig, CaiTConfig, SwinConfig, MaiTPyramidConfig]
@@ -178,6 +179,11 @@ _EVALUATION_PROTOCOLS = (
 )
 
 
+# Fields that a model of a name may have of any value: sizes, and how it runs or is trained.
+_NOT_OF_A_NAME = (
+    *("image_size", "num_classes"),
+    *("drop_path", "dtype", "attention", "remat", "scan"),
+)
 _OWN_PROTOCOLS: dict[str, EvaluationProtocol] = {}  # of models that `register_model` adds
 
 
@@ -213,6 +219,17 @@ def register_model(
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of the models that match a shell pattern such as "spvit*"."""
     return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def registered_name(config: ModelConfig) -> str | None:
+    """Returns the name of a model at any image size and number of classes; None if it has none."""
+
+    def essence(model: ModelConfig) -> dict[str, Any]:
+        fields = model.to_dict().items()
+        return {field: value for field, value in fields if field not in _NOT_OF_A_NAME}
+
+    wanted = essence(config)
+    return next((name for name in list_models() if essence(_MODELS[name]) == wanted), None)
 
 
 def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationProtocol:

@@ -18,7 +18,7 @@ from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp
+from spvit_jax.models.layers import LayerNorm, LayerScale, Linear, Mlp
 from spvit_jax.models.stem import PatchEmbed
 
 
@@ -70,7 +70,7 @@ class ClassAttention(nnx.Module):
         self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         linear = functools.partial(
-            nnx.Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+            Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
         self.num_heads = num_heads
         self.q, self.k, self.v = (linear(use_bias=qkv_bias) for _ in range(3))
@@ -120,7 +120,7 @@ class CaiT(Model):
     def __init__(self, config: CaiTConfig, *, rngs: nnx.Rngs):
         dim, dtype, (h, w) = config.dim, jnp.dtype(config.dtype), config.grid
         head = functools.partial(
-            nnx.Linear, dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+            Linear, dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
 
         super().__init__(config)

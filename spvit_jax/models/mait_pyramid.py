@@ -23,6 +23,7 @@ from spvit_jax.models.attention import Attention
 from spvit_jax.models.base import Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
+from spvit_jax.models.layers import Linear
 from spvit_jax.models.mask_schedule import MaskSchedule
 from spvit_jax.models.pyramid import Pyramid, PyramidConfig
 
@@ -68,7 +69,7 @@ class MaiTPyramid(Pyramid):
         (h, w), dtype = config.grid, jnp.dtype(config.dtype)
         self.pos_embed = nnx.Param(token_embedding(rngs.params(), (1, h * w, config.dim)))
         self.dist_head = (
-            nnx.Linear(
+            Linear(
                 config.stages()[-1][1],
                 config.num_classes,
                 kernel_init=linear_kernel,

@@ -18,7 +18,7 @@ from spvit_jax.errors import InputError
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import LayerNorm
+from spvit_jax.models.layers import LayerNorm, Linear
 from spvit_jax.models.spatial import Grid
 from spvit_jax.models.stem import PatchEmbed
 
@@ -84,7 +84,7 @@ class PatchMerging(nnx.Module):
 
     def __init__(self, dim: int, *, norm_eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
-        self.reduction = nnx.Linear(
+        self.reduction = Linear(
             4 * dim, 2 * dim, use_bias=False, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
 
@@ -135,7 +135,7 @@ class Pyramid(Model):
             [PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs) for _, dim, _ in stages[:-1]]
         )
         self.norm = LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(
+        self.head = Linear(
             last, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
         self.eval()
