@@ -82,9 +82,9 @@ def parse_output(text: str | os.PathLike[str]) -> epath.Path:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """Returns a local path from the root on, and one in a bucket as it is."""
-    # epath's own method would put the working directory before gs://.
-    return path if is_remote(path) else path.resolve()
+    """Returns a local path from the root on, without links, and one in a bucket as it is."""
+    # epath's own method follows no links, and would put the working directory before gs://.
+    return path if is_remote(path) else epath.Path(os.path.realpath(path))
 
 
 def is_remote(path: os.PathLike[str]) -> bool:
