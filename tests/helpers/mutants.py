@@ -557,8 +557,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the maps of two warps are multiplied the other way round",
         "data/augmentation.py",
-        "move = move @ matrix",
-        "move = matrix @ move",
+        "else move @ matrix",
+        "else matrix @ move",
         "data/test_augmentation.py::test_the_map_says_where_pixels_were",
     ),
     Mutant(
