@@ -22,5 +22,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.name = args.model
     config.model.image_size = read_image_size(args.image_size)
     config.model.dtype = "bfloat16"
-    config.model.scan = True
     return config

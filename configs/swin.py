@@ -6,7 +6,7 @@ Argument: `size` (t, s, b). The authors trained at 224 pixels on 8 GPUs of 32 GB
 t 81.3, s 83.0, b 83.5; `configs/imagenet.py` evaluates L, which began on ImageNet-22K.
 `--config.model.masked_heads=thirds` puts MaiT's masks on the heads of its windows.
 
-Values are those of `config.py` in github.com/microsoft/Swin-Transformer, its rates at 1024 images.
+Values are those of `spvit_jax.recipes.swin`.
 """
 
 from ml_collections import ConfigDict
@@ -22,8 +22,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.size not in ("t", "s", "b"):
         raise InputError(f"config argument {arg!r}: expected a size of t, s or b")
 
-    config = recipes.deit(f"swin_{args.size}", epochs=300)
-    config.augment.repeats = 1
-    config.optim.clip_norm = 5.0
-    config.schedule.warmup = "20 epochs"
-    return config
+    return recipes.swin(f"swin_{args.size}")

@@ -18,6 +18,7 @@ from spvit_jax.errors import nearest
 COMMANDS = {
     "train": "spvit_jax.train",
     "evaluate": "spvit_jax.evaluate",
+    "predict": "spvit_jax.predict",
     "explain": "spvit_jax.explain",
     "convert": "spvit_jax.convert",
     "preflight": "spvit_jax.preflight.__main__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from ml_collections import ConfigDict, config_flags
 
 import spvit_jax
 from spvit_jax import config as config_lib
-from spvit_jax import distributed, help, logs, recipes
+from spvit_jax import distributed, help, logs, paths, recipes
 from spvit_jax.errors import WRONG_INPUT, InputError, WriteError, exit_code, nearest
+from spvit_jax.interop import hub
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -81,9 +83,10 @@ def _parse(argv: list[str], module: ModuleType, operands: str = "") -> list[str]
     if "--version" in argv[1:]:
         print(f"spvit_jax {spvit_jax.__version__}")
         sys.exit()
-    argv = _with_recipe_files(argv)
     path = _config_file(argv)
     try:
+        argv = _with_recipe_files(argv)
+        path = _config_file(argv)
         _import_packages(argv)
         _check_config_flags(argv, path)
         rest = flags.FLAGS(argv)
@@ -120,25 +123,33 @@ def _as_line(error: Exception, path: pathlib.Path | None) -> str | None:
 
 def _config_file(argv: list[str]) -> pathlib.Path | None:
     """Returns the file that --config names, without the argument behind its colon, or None."""
-    for arg in argv[1:]:
-        name, _, value = arg.lstrip("-").partition("=")
-        if name == "config" and arg.startswith("-"):
-            return pathlib.Path(value.partition(":")[0])
-    return None
+    value = _value_of("config", argv)
+    return None if value is None else pathlib.Path(value.partition(":")[0])
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """Returns what an argument `--FLAG=VALUE` says; None without one."""
+    values = [arg.partition("=")[2] for arg in argv[1:] if re.match(f"--?{flag}=", arg)]
+    return values[-1] if values else None
 
 
 def _with_recipe_files(argv: list[str]) -> list[str]:
     """Returns the arguments with `--config NAME` as one word, and a recipe's file for its NAME.
 
-    A file of this name comes before a recipe that comes with the package.
+    A file of this name comes before a recipe that comes with the package. Without --config the
+    configuration of the run that --checkpoint belongs to is taken.
     """
     joined: list[str] = []
     for arg in argv:
-        if joined and joined[-1] in ("-config", "--config", "-import", "--import"):
+        if joined and re.fullmatch("--?(config|import|checkpoint)", joined[-1]):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)
     known = recipes.shipped()
+    if "config" in flags.FLAGS and _value_of("config", joined) is None:
+        path = _value_of("checkpoint", joined)
+        if path and not hub.is_name(path) and config_lib.find_recorded(paths.parse(path)):
+            joined.append(f"--config=workdir:{path}")
     for index, arg in enumerate(joined[1:], 1):
         flag, _, value = arg.partition("=")
         name, colon, argument = value.partition(":")
@@ -153,10 +164,7 @@ def _import_packages(argv: list[str]) -> None:
     Raises:
       InputError: there is no such module, or it imports one that there is not.
     """
-    for arg in argv[1:]:
-        flag, _, name = arg.partition("=")
-        if flag.lstrip("-") != "import" or not arg.startswith("-"):
-            continue
+    for name in [arg.partition("=")[2] for arg in argv[1:] if re.match("--?import=", arg)]:
         if "" not in sys.path:
             sys.path.insert(0, "")  # the working directory, as for `python -m`
         try:

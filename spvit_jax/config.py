@@ -29,6 +29,7 @@ from spvit_jax.models import (
 
 log = logging.getLogger("spvit_jax")
 
+_RECORD = "config.json"  # in a workdir
 _DURATIONS = (
     "schedule.total",
     "schedule.warmup",
@@ -41,6 +42,7 @@ _DURATIONS = (
 _CHANGEABLE = (
     "compilation_cache",
     "mesh",
+    "model.attention",
     "data.data_dir",
     "data.threads",
     "data.eval_batch_size",
@@ -306,7 +308,7 @@ def claim_workdir(
     Raises:
       InputError: the workdir belongs to another configuration, or cannot be written.
     """
-    path = workdir / "config.json"
+    path = workdir / _RECORD
     if in_use and path.exists():
         try:
             # Its durations are in steps already; fields that it lacks are derived as for a new run.
@@ -352,6 +354,17 @@ def from_json(path: epath.Path) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         config.update(tree)
     return config
+
+
+def find_recorded(path: epath.Path) -> epath.Path | None:
+    """Returns the file with the configuration of the run that a path belongs to; None without.
+
+    Args:
+      path: a workdir, or a checkpoint in one.
+    """
+    folders = (path, *list(path.parents)[:2])  # a checkpoint is WORKDIR/checkpoints/STEP
+    files = [folder / _RECORD for folder in folders if (folder / "checkpoints").is_dir()]
+    return next((file for file in files if file.exists()), None)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

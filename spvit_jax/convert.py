@@ -4,6 +4,7 @@
     python -m spvit_jax.convert --arch=spvit_s --input=spvit_s.pth.tar --output=weights/384 \
         --image_size=384
     python -m spvit_jax.convert --reverse --input=runs/spvit_s --output=spvit_s.safetensors
+    python -m spvit_jax.convert --reverse --hub_format --input=runs/deit_s --output=hub/deit_s
 
 What comes out of the first two is taken by the other commands as `--checkpoint` and by training
 as `config.init_from`. A model that is not in the registry is described by `--config` in the place
@@ -27,7 +28,7 @@ from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError, first_line
-from spvit_jax.interop import DIALECTS, Dialect, files, to_theirs
+from spvit_jax.interop import DIALECTS, Dialect, files, timm_folder, to_theirs
 from spvit_jax.models import ModelConfig, ViTConfig, model_config, read_image_size
 from spvit_jax.models.complexity import count_parameters
 from spvit_jax.models.resize import check_adaptable
@@ -119,6 +120,29 @@ def write_torch(
     files.write(output, to_theirs(arrays, model, dialect), model.to_dict())
 
 
+def write_timm_folder(
+    output: epath.Path,
+    variables: Variables,
+    model: ModelConfig,
+    class_names: ClassNames | None = None,
+    *,
+    config: ConfigDict,
+) -> None:
+    """Writes a folder that timm loads from a disk or the hub, by `timm_folder.write`.
+
+    `config` says how images are normalised.
+    """
+    arrays = {name: np.asarray(leaf) for name, leaf in weights_lib.arrays_of(variables).items()}
+    timm_folder.write(
+        output,
+        functools.partial(to_theirs, arrays, model, "timm"),
+        model,
+        mean=config.data.mean,
+        std=config.data.std,
+        class_names=class_names,
+    )
+
+
 def _changes(found: weights_lib.Weights, model: ModelConfig) -> list[str]:
     """Returns the lines that report which weights were read and how they were adapted."""
     old, height, width = found.config, *model.image_shape
@@ -153,9 +177,15 @@ def main() -> None:
         "input", None, ".pth, .pth.tar or .safetensors file, workdir, or checkpoint.", required=True
     )
     output = flags.DEFINE_string(
-        "output", None, "Folder to write; with --reverse the .pth or .safetensors.", required=True
+        "output",
+        None,
+        "Folder to write; with --reverse, but without --hub_format, the .pth or .safetensors.",
+        required=True,
     )
     reverse = flags.DEFINE_bool("reverse", False, "Write a file of PyTorch.")
+    hub_format = flags.DEFINE_bool(
+        "hub_format", False, "With --reverse: write a folder that timm loads, with a model card."
+    )
     names = flags.DEFINE_enum("names", "authors", DIALECTS, "Whose names a file of PyTorch has.")
     size = flags.DEFINE_string("image_size", None, "Pixels, 384 or HEIGHTxWIDTH; default as it is.")
     classes = flags.DEFINE_integer("num_classes", None, "Replace a head of another class count.")
@@ -165,7 +195,13 @@ def main() -> None:
         image_size = read_image_size(size.value) if size.value else None
         target = paths.parse_output(output.value)
         write: Writer = write_checkpoint
-        if reverse.value:
+        if hub_format.value and not reverse.value:
+            raise InputError("--hub_format writes PyTorch's weights; give --reverse too")
+        if hub_format.value:
+            recorded = config_lib.find_recorded(paths.parse(source.value))
+            trained = config_lib.base() if recorded is None else config_lib.from_json(recorded)
+            write = functools.partial(write_timm_folder, config=trained)
+        elif reverse.value:
             files.check_name(target)
             write = functools.partial(write_torch, dialect=cast(Dialect, names.value))
         convert(

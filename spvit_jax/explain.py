@@ -34,9 +34,10 @@ from matplotlib import pyplot as plt
 
 def learned_priors(model: Model) -> dict[int, np.ndarray]:
     """Returns the learned gain [H, 2h-1, 2w-1] per head and offset, for each layer with SP-SA."""
+    grids = model.config.grid_per_layer()
     return {
-        layer: np.asarray(block.attn.prior.table(model.config.grid))
-        for layer, block in enumerate(model.blocks)
+        layer: np.asarray(block.attn.prior.table(block.attn.map_grid(grid)))
+        for layer, (block, grid) in enumerate(zip(model.blocks, grids, strict=True))
         if block.attn.prior is not None
     }
 
@@ -105,7 +106,7 @@ def plot_similarity(similarity: np.ndarray, path: epath.Path) -> None:
 
 def plot_priors(priors: dict[int, np.ndarray], path: epath.Path) -> None:
     """Draws the learned gains, a row per layer and a column per head, as a PNG file."""
-    heads = next(iter(priors.values())).shape[0]
+    heads = max(tables.shape[0] for tables in priors.values())  # they double in each stage
     spread = max(float(np.abs(table - 1).max()) for table in priors.values())
     figure, axes = plt.subplots(
         len(priors),
@@ -115,7 +116,9 @@ def plot_priors(priors: dict[int, np.ndarray], path: epath.Path) -> None:
         layout="constrained",
     )
     for row, (layer, tables) in zip(axes, priors.items(), strict=True):
-        for head, (axis, table) in enumerate(zip(row, tables, strict=True)):
+        for axis in row[len(tables) :]:
+            axis.set_axis_off()
+        for head, (axis, table) in enumerate(zip(row, tables, strict=False)):
             dy, dx = table.shape[0] // 2, table.shape[1] // 2
             image = axis.imshow(
                 table,

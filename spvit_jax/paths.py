@@ -82,9 +82,9 @@ def parse_output(text: str | os.PathLike[str]) -> epath.Path:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """Returns a local path from the root on, and one in a bucket as it is."""
-    # epath's own method would put the working directory before gs://.
-    return path if is_remote(path) else path.resolve()
+    """Returns a local path from the root on, without links, and one in a bucket as it is."""
+    # epath's own method follows no links, and would put the working directory before gs://.
+    return path if is_remote(path) else epath.Path(os.path.realpath(path))
 
 
 def is_remote(path: os.PathLike[str]) -> bool:
@@ -164,14 +164,21 @@ def local_copy(path: epath.Path) -> Iterator[pathlib.Path]:
         yield target
 
 
-def put(source: pathlib.Path, target: epath.Path) -> None:
-    """Writes a local file to a bucket; the object is replaced whole, or not at all.
+def put(source: pathlib.Path, target: epath.Path, *, replace: bool = True) -> None:
+    """Writes a local file to a bucket; the object is there whole, or not at all.
+
+    Args:
+      source: the local file.
+      target: the object.
+      replace: whether an object of that name is replaced, rather than an error.
 
     Raises:
+      FileExistsError: the object exists, and is not to be replaced.
       OSError: the object cannot be written.
     """
     with reached():
-        _file_system().put_file(str(source), str(target))
+        mode = "overwrite" if replace else "create"
+        _file_system().put_file(str(source), str(target), mode=mode)
 
 
 def put_bytes(data: bytes, target: epath.Path) -> None:
@@ -187,6 +194,8 @@ def put_bytes(data: bytes, target: epath.Path) -> None:
 def put_folder(source: pathlib.Path, target: epath.Path, *, last: Sequence[str]) -> None:
     """Writes a local folder's files to a bucket one by one, those that mark it as complete last.
 
+    An object that is there already stays: another process may have put it, and others may read it.
+
     Args:
       source: the local folder.
       target: the folder in the bucket.
@@ -197,7 +206,8 @@ def put_folder(source: pathlib.Path, target: epath.Path, *, last: Sequence[str])
     """
     names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
     for name in _in_order(names, last):
-        put(source / name, target / name)
+        with contextlib.suppress(FileExistsError):
+            put(source / name, target / name, replace=False)
 
 
 def move_folder(source: epath.Path, target: epath.Path, *, last: Sequence[str] = ()) -> None:
@@ -250,9 +260,9 @@ def reached() -> Iterator[None]:
     """Raises an `OSError` of one line in place of any exception of the client of buckets."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "No such object or bucket", str(error)) from error
     except Exception as error:
+        if type(error) is FileNotFoundError and error.errno is None:
+            raise FileNotFoundError(errno.ENOENT, "No such object or bucket", str(error)) from error
         # What gcsfs raises without permission is an `OSError` itself, of two lines.
         of_client = type(error).__module__.partition(".")[0] in _CLIENT
         if of_client or (type(error) is OSError and error.errno is None):

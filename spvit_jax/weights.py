@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from spvit_jax import classes, paths
 from spvit_jax.classes import ClassNames
 from spvit_jax.errors import InputError
-from spvit_jax.interop import files
+from spvit_jax.interop import files, hub, timm_folder
 from spvit_jax.interop.containers import unwrap
 from spvit_jax.interop.tensors import as_arrays
 from spvit_jax.interop.translate import to_ours
@@ -180,7 +180,7 @@ def find(
 
     Args:
       source: a workdir of training, one checkpoint in it, a file that `interop.files.read` takes,
-        or a state dict of tensors or arrays.
+        a name on the hub, `hf:OWNER/REPO`, or a state dict of tensors or arrays.
       like: configuration of the expected model, up to resolution, classes and layer kinds; may be
         None for checkpoints and files of this project, which hold it.
       which: checkpoint of a workdir: "best", "last" or a step.
@@ -201,6 +201,8 @@ def find(
         arrays = as_arrays(found.tensors, where)
         return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
 
+    if hub.is_name(source):
+        source = epath.Path(hub.download(str(source)))
     # A workdir may have been exported into itself.
     if checkpoint.newest(source) is not None or not files.is_file_of_weights(source):
         directory = checkpoint.find(source, which=which)
@@ -217,6 +219,8 @@ def find(
         names = checkpoint.class_names_of(directory)
         return Weights(str(directory), config, read, taken == "ema", class_names=names)
 
+    if like is None:
+        like = timm_folder.architecture_of(source if source.is_dir() else source.parent)
     contents = files.read(source, weights=weights)
     _log_which(source, contents.is_average, contents.has_average)
     config = _known(like if contents.note is None else from_dict(contents.note, source), source)

@@ -27,7 +27,7 @@ LAYERS = (
     {"preflight"},
     {"plan"},
     {"cli"},
-    {"train", "evaluate", "explain", "convert", "catalog"},
+    {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.

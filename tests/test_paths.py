@@ -126,11 +126,16 @@ def test_what_marks_a_folder_as_complete_is_written_last(folder, tmp_path, monke
         (tmp_path / name).write_text(name)
     put, order = paths.put, []
     monkeypatch.setattr(
-        paths, "put", lambda source, to: (order.append(source.name), put(source, to))
+        paths, "put", lambda source, to, **k: (order.append(source.name), put(source, to, **k))
     )
     paths.put_folder(tmp_path, folder, last=("features.json", "dataset_info.json"))
-    assert order == ["a", "z", "features.json", "dataset_info.json"]
+    (tmp_path / "a").write_text("what another process makes in the meantime")
+    (tmp_path / "b").write_text("b")
+    paths.put_folder(tmp_path, folder, last=("features.json", "dataset_info.json"))
+    assert order[:4] == ["a", "z", "features.json", "dataset_info.json"]
+    # What is there stays, since somebody may be reading it.
     assert {name: (folder / name).read_text() for name in order} == {name: name for name in order}
+    assert "b" in order
 
 
 def test_a_file_that_grows_in_a_bucket(folder, monkeypatch):
@@ -249,7 +254,9 @@ def test_files_of_weights_are_read_and_written(suffix, folder):
     contents = files.read(path)
     assert contents.note == {"name": "x"}
     np.testing.assert_array_equal(contents.state_dict["a.weight"], [[0, 1, 2], [3, 4, 5]])
-    with pytest.raises(InputError, match=rf"^cannot read {folder}/none\.{suffix}"):
+    with pytest.raises(
+        InputError, match=rf"^cannot read {folder}/none\.{suffix}: No such object or"
+    ):
         files.read(folder / f"none.{suffix}")
 
 

@@ -48,8 +48,7 @@ class Operation(enum.IntEnum):
     TRANSLATE_Y = 17  # up, as a fraction of the height
 
 
-_WARPS = frozenset(operation for operation in Operation if operation >= Operation.ROTATE)
-_COLORS: dict[Operation, Callable[[np.ndarray, float], np.ndarray]] = {
+_COLORS: dict[float, Callable[[np.ndarray, float], np.ndarray]] = {
     Operation.AUTOCONTRAST: lambda image, _: colors.autocontrast(image),
     Operation.EQUALIZE: lambda image, _: colors.equalize(image),
     Operation.INVERT: lambda image, _: colors.invert(image),
@@ -205,41 +204,46 @@ class Augmentation:
             drawn.append(self.rand_augment.draw(policy_seed))
         return tf.concat(drawn, axis=0)
 
-    def apply(self, image: np.ndarray, operations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Applies operations to an image.
+    def apply(self, images: np.ndarray, operations: np.ndarray) -> np.ndarray:
+        """Applies operations to a group of images, in place.
 
         Args:
-          image: uint8 [h, w, 3].
-          operations: float64 [n, 3], in order: an `Operation`, its argument, and whether a warp
-            interpolates by the bicubic filter, 1 or 0.
+          images: uint8 [g, h, w, 3].
+          operations: float64 [g, n, 3], for each image in order: an `Operation`, its argument, and
+            whether a warp interpolates by the bicubic filter, 1 or 0.
 
         Returns:
-          The image uint8 [h, w, 3]; and the affine map float32 [3, 3] from a position (x, y, 1) in
-          it to that in the given image, as fractions of width and height.
+          The affine maps float32 [g, 3, 3] from a position (x, y, 1) in an image to that before
+          the operations, as fractions of width and height.
         """
-        height, width, _ = image.shape
-        move = np.eye(3)
-        for code, argument, bicubic in operations.tolist():
-            operation = Operation(int(code))
-            if operation in _COLORS:
-                image = _COLORS[operation](image, argument)
-            elif operation in _WARPS:
-                matrix = affine_map(operation, argument, (height, width))
-                fill = np.array(self.fill, np.uint8)
-                image = resampling.warp(image, matrix, bool(bicubic), fill)
-                if self.official_axes and operation != Operation.ROTATE:
-                    matrix = matrix[_SWAP][:, _SWAP]
-                move = move @ matrix
+        _, height, width, _ = images.shape
         size = np.array([width, height, 1])
-        return image, (move * size / size[:, None]).astype(np.float32)
+        moves = np.zeros((len(images), 3, 3), np.float32) + np.eye(3, dtype=np.float32)
+        for i, rows in enumerate(operations.tolist()):
+            image, move = images[i], None
+            for code, argument, bicubic in rows:
+                if color := _COLORS.get(code):
+                    image = color(image, argument)
+                elif code != Operation.IDENTITY:
+                    matrix = affine_map(code, argument, (height, width))
+                    fill = np.array(self.fill, np.uint8)
+                    image = resampling.warp(image, matrix, bool(bicubic), fill)
+                    if self.official_axes and code != Operation.ROTATE:
+                        matrix = matrix[_SWAP][:, _SWAP]
+                    move = matrix if move is None else move @ matrix
+            if image is not images[i]:
+                images[i] = image
+            if move is not None:
+                moves[i] = move * size / size[:, None]
+        return moves
 
 
-def affine_map(operation: Operation, argument: float, shape: tuple[int, int]) -> np.ndarray:
+def affine_map(operation: float, argument: float, shape: tuple[int, int]) -> np.ndarray:
     """Returns the affine map of a warp float64 [3, 3], as `resampling.warp` takes it.
 
     Args:
-      operation: the warp.
-      argument: the operation's argument.
+      operation: an `Operation` that is a warp.
+      argument: its argument.
       shape: (height, width) of the image.
     """
     height, width = shape
@@ -254,7 +258,7 @@ def affine_map(operation: Operation, argument: float, shape: tuple[int, int]) ->
             Operation.SHEAR_Y: ((1, 0, 0), (argument, 1, 0)),
             Operation.TRANSLATE_X: ((1, 0, argument * width), (0, 1, 0)),
             Operation.TRANSLATE_Y: ((1, 0, 0), (0, 1, argument * height)),
-        }[operation]
+        }[Operation(int(operation))]
     return np.array([*rows, (0, 0, 1)], np.float64)
 
 

@@ -92,19 +92,50 @@ class TrainTransform:
 
     def with_geometry(self, encoded: tf.Tensor, seed: tf.Tensor) -> TrainImage:
         """Returns a training image as `__call__` does, with where its pixels are from."""
+        group = {name: value[None] for name, value in self.prepare(encoded, seed).items()}
+        finished = self.finish(group)
+        return TrainImage(**{name: finished[name][0] for name in TrainImage._fields})
+
+    def prepare(self, encoded: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Decodes a crop of an image, and draws what `finish` does with it.
+
+        Returns:
+          `pixels` uint8 [h·w·3] of the crop and its `shape` int64 [2]; whether to resize it by the
+          bicubic filter, `bicubic` bool []; `operations` float64 [n, 3] as `Augmentation.draw`
+          returns them; `box` and `flip` as in `TrainImage`.
+        """
         seeds = tf.random.experimental.stateless_split(seed, 4)
         crop_seed, flip_seed, interpolation_seed, augmentation_seed = tf.unstack(seeds)
-        image, box = self.crop(encoded, crop_seed)
-        flip = tf.random.stateless_uniform([], flip_seed) < self.flip
+        crop, box = self.crop(encoded, crop_seed)
         bicubic = {"random": 0.5, "bicubic": 1.0}.get(self.interpolation, 0.0)  # its probability
-        is_bicubic = tf.random.stateless_uniform([], interpolation_seed) < bicubic
-        operations = self.augmentation.draw(augmentation_seed)
-        inputs = [image, is_bicubic, flip, operations]
+        return {
+            "pixels": tf.reshape(crop, [-1]),
+            "shape": tf.shape(crop, out_type=tf.int64)[:2],
+            "bicubic": tf.random.stateless_uniform([], interpolation_seed) < bicubic,
+            "operations": self.augmentation.draw(augmentation_seed),
+            "box": box,
+            "flip": tf.random.stateless_uniform([], flip_seed) < self.flip,
+        }
+
+    def finish(self, group: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Resizes, flips and augments a group of crops.
+
+        Args:
+          group: what `prepare` returns, with a first axis of length g; `pixels` padded.
+
+        Returns:
+          `image`, `box`, `flip` and `move` as in `TrainImage`, with a first axis of length g, and
+          all else that is in the group.
+        """
+        rest = dict(group)
+        names = ("pixels", "shape", "bicubic", "operations")
+        inputs = [rest.pop(name) for name in names]
+        # One call for several images: TensorFlow's own part of each is done under the GIL.
         image, move = tf.numpy_function(
-            self._resize_and_augment, inputs, (tf.uint8, tf.float32), stateful=False
+            self._resize_and_augment, [*inputs, group["flip"]], (tf.uint8, tf.float32), False
         )
-        image = tf.ensure_shape(image, (*self.size, 3))
-        return TrainImage(image, box, flip, tf.ensure_shape(move, (3, 3)))
+        image = tf.ensure_shape(image, (None, *self.size, 3))
+        return rest | {"image": image, "move": tf.ensure_shape(move, (None, 3, 3))}
 
     def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns a random crop uint8 [h, w, 3] before resizing, and its box float32 [4]."""
@@ -113,13 +144,17 @@ class TrainTransform:
         )
 
     def _resize_and_augment(
-        self, crop: np.ndarray, bicubic: bool, flip: bool, operations: np.ndarray
+        self,
+        pixels: np.ndarray,
+        shapes: np.ndarray,
+        bicubic: np.ndarray,
+        operations: np.ndarray,
+        flips: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the image uint8 [height, width, 3] of a crop, and `TrainImage.move` [3, 3]."""
-        image = resampling.resize(crop, *self.size, bool(bicubic))
-        if flip:
-            image = resampling.flip(image)
-        return self.augmentation.apply(image, operations)
+        """Returns `TrainImage.image` and `TrainImage.move` of a group of crops."""
+        height, width = self.size
+        images = resampling.resize_crops(pixels, shapes, height, width, bicubic, flips)
+        return images, self.augmentation.apply(images, operations)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import concurrent.futures
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -86,7 +85,10 @@ class FolderSource:
         files = [self._paths[index] for index in indices.tolist()]
         if self._remote:
             return paths.read_ranges(files), self._labels[indices]
-        images = [pathlib.Path(file).read_bytes() for file in files]
+        images = []
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                images.append(file.read())
         return images, self._labels[indices]
 
 

@@ -8,6 +8,7 @@ at step k reads nothing before it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Self
@@ -31,6 +32,7 @@ _UNREADABLE = (
     RuntimeError,
 )  # raised by sources; RuntimeError is ArrayRecord's
 _as_is = tf.autograph.experimental.do_not_convert  # for functions without Python control flow
+_GROUP = 32  # images that are resized and augmented by one call of Python
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded
 
 
@@ -140,22 +142,26 @@ def train_batches(
     local = shard.of(batch_size)
 
     def make(example: Example, ordinal: tf.Tensor) -> dict:
-        made = transform.with_geometry(
-            example["encoded"], tf.stack([tf.constant(seed, tf.int64), ordinal])
-        )
-        fields = {"image": made.image, "label": example["label"], "index": example["index"]}
+        fields = {"label": example["label"], "index": example["index"]}
         if label_maps is not None:
-            fields |= {"label_map": example["label_map"], "box": made.box, "flip": made.flip}
-            if transform.augmentation.moves_pixels:
-                fields["move"] = made.move
-        return fields
+            fields["label_map"] = example["label_map"]
+        seeds = tf.stack([tf.constant(seed, tf.int64), ordinal])
+        return fields | transform.prepare(example["encoded"], seeds)
+
+    def finish(group: dict) -> dict:
+        finished = transform.finish(group)
+        geometry = {"box", "flip", "move"}
+        if label_maps is not None:
+            geometry -= {"box", "flip"}
+            geometry -= {"move"} if transform.augmentation.moves_pixels else set()
+        return {name: value for name, value in finished.items() if name not in geometry}
 
     def locate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         ordinal = shard.ordinals(step, batch_size)
         return shuffled_index(ordinal // repeats, len(source), seed), ordinal
 
     unreadable = UnreadableExamples(source, max_unreadable)
-    reader = _Reader(source, label_maps, locate, make, local, threads, unreadable)
+    reader = _Reader(source, label_maps, locate, make, local, threads, unreadable, finish)
     return BatchIterator(reader, start_step, np.iinfo(np.int64).max)
 
 
@@ -237,6 +243,14 @@ def _hash(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, tf.int64)
 
 
+def _merge_groups(batch: dict) -> dict:
+    """Returns a batch of groups of examples, [n, g, ...], as one of examples, [n·g, ...]."""
+    return {
+        name: tf.reshape(value, tf.concat([[-1], tf.shape(value)[2:]], 0))
+        for name, value in batch.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """Reader of examples that makes batches of them.
@@ -245,10 +259,12 @@ class _Reader:
       source: the examples.
       label_maps: label maps to fetch with the examples, or None.
       locate: function from a step to its examples' indices and ordinals, int64 [b] each.
-      make: function from an example and its ordinal to its fields in a batch.
+      make: function from an example and its ordinal to its fields in a batch, or in a group.
       batch_size: number of examples that this process reads per batch, b.
       threads: number of threads that decode; None for one per core.
       unreadable: count of the examples that cannot be read.
+      finish: function from a group of made examples, padded to the same shapes, to their fields
+        in a batch; None where they are these fields.
       replacements: by ordinal of an unreadable example, the index of the example that replaces it,
         the next readable one in the source. Depends on the ordinal alone; found when it fails.
     """
@@ -260,6 +276,7 @@ class _Reader:
     batch_size: int
     threads: int | None
     unreadable: UnreadableExamples
+    finish: Callable[[dict], dict] | None = None
     replacements: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -314,7 +331,17 @@ class _Reader:
         fetched = located.map(_as_is(read), num_parallel_calls=_FETCH_AHEAD, deterministic=True)
         examples = fetched.unbatch()
         made = examples.map(_as_is(self.make), num_parallel_calls=parallel, deterministic=True)
-        batches = made.batch(self.batch_size, drop_remainder=True).prefetch(2)
+        if self.finish is None:
+            batches = made.batch(self.batch_size, drop_remainder=True)
+        else:
+            group = math.gcd(self.batch_size, _GROUP)
+            groups = made.padded_batch(group, drop_remainder=True)
+            finished = groups.map(
+                _as_is(self.finish), num_parallel_calls=parallel, deterministic=True
+            )
+            batches = finished.batch(self.batch_size // group, drop_remainder=True)
+            batches = batches.map(_as_is(_merge_groups))
+        batches = batches.prefetch(2)
         options = tf.data.Options()
         options.threading.private_threadpool_size = parallel
         options.autotune.enabled = False  # its thread can take a minute to stop

@@ -34,6 +34,37 @@ def resize(image: np.ndarray, height: int, width: int, bicubic: bool) -> np.ndar
 
 
 @compiled
+def resize_crops(
+    pixels: np.ndarray,
+    shapes: np.ndarray,
+    height: int,
+    width: int,
+    bicubic: np.ndarray,
+    flips: np.ndarray,
+) -> np.ndarray:
+    """Resizes a group of crops to one size, and flips some of them.
+
+    Args:
+      pixels: uint8 [g, n], in each row the h·w·3 values of a crop, and then anything.
+      shapes: int64 [g, 2], the crops' heights and widths.
+      height: height of the results.
+      width: width of the results.
+      bicubic: bool [g], as in `resize`.
+      flips: bool [g], whether to flip each from left to right.
+
+    Returns:
+      The images uint8 [g, height, width, 3].
+    """
+    images = np.empty((len(pixels), height, width, 3), np.uint8)
+    for i in range(len(pixels)):
+        h, w = shapes[i]
+        crop = pixels[i, : 3 * h * w].reshape((h, w, 3))
+        image = resize(crop, height, width, bicubic[i])
+        images[i] = flip(image) if flips[i] else image
+    return images
+
+
+@compiled
 def flip(image: np.ndarray) -> np.ndarray:
     """Flips an image from left to right."""
     h, w, _ = image.shape

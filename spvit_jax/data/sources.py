@@ -258,7 +258,7 @@ def prepare_with_tfds(
 def preparation_lock(directory: epath.Path) -> Iterator[None]:
     """Holds a lock in a directory, so that only one process at a time prepares data there.
 
-    A bucket has no locks: processes that prepare the same data there write the same objects.
+    A bucket has no locks: of processes that prepare data there the first to write a file has it.
 
     Raises:
       InputError: the directory cannot be written.

@@ -158,7 +158,7 @@ def _start_of(path: epath.Path) -> bytes:
         # Opening a pipe would block until somebody writes into it.
         if not paths.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path} is a pipe, a device or a folder; expected a file of weights")
-        with path.open("rb") as file:
+        with paths.reached(), path.open("rb") as file:
             start = file.read(256)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or first_line(error)}") from error

@@ -20,6 +20,7 @@ log = logging.getLogger("spvit_jax")
 
 _PREFIX = "hf:"
 _INDEX = ".index.json"
+_CONFIG = "config.json"  # which names the architecture
 
 
 def is_name(source: object) -> bool:
@@ -51,6 +52,7 @@ def download(name: str) -> pathlib.Path:
             folder = wanted[0].rpartition("/")[0]
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             wanted += [f"{folder}/{shard}".lstrip("/") for shard in shards]
+        wanted += [_CONFIG] if _CONFIG in known else []
         _check_space(hub, repository, revision, wanted)
         paths = [hub.hf_hub_download(repository, each, revision=revision) for each in wanted]
     except InputError:

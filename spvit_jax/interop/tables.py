@@ -21,7 +21,7 @@ from spvit_jax.interop.layouts import (
     linear,
     norm,
 )
-from spvit_jax.models import CaiTConfig, ModelConfig, SwinConfig, ViTConfig
+from spvit_jax.models import CaiTConfig, MaiTPyramidConfig, ModelConfig, SwinConfig, ViTConfig
 
 Dialect = Literal["authors", "timm"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -34,8 +34,8 @@ def rows_of(config: ModelConfig, dialect: Dialect) -> Iterator[Row]:
             return _vit(config, dialect)
         case CaiTConfig():
             return _cait(config)
-        case SwinConfig():
-            return _swin(config, dialect)
+        case SwinConfig() | MaiTPyramidConfig():
+            return _pyramid(config, dialect)
     raise TypeError(f"there is no table of names for {type(config).__name__}")
 
 
@@ -70,6 +70,11 @@ def _spatial_attention(ours: str, theirs: str) -> Iterator[Row]:
     qk_and_v_bias = (f"{theirs}.qk.bias", f"{theirs}.v.bias")
     yield Row(f"{ours}/qkv/kernel", qk_and_v, QK_AND_V)
     yield Row(f"{ours}/qkv/bias", qk_and_v_bias, QK_AND_V_BIAS)
+    yield from _prior(ours, theirs)
+
+
+def _prior(ours: str, theirs: str) -> Iterator[Row]:
+    """Yields the names of SP-SA's prior, in other families than the authors' too."""
     yield Row(f"{ours}/prior/w1", (f"{theirs}.w1.weight",), HEADS)
     yield Row(f"{ours}/prior/b1", (f"{theirs}.w1.bias",), HEADS)
     yield Row(f"{ours}/prior/w2", (f"{theirs}.w2",), HEADS_AS_COLUMN)
@@ -78,13 +83,14 @@ def _spatial_attention(ours: str, theirs: str) -> Iterator[Row]:
 
 def _cait(config: CaiTConfig) -> Iterator[Row]:
     """Yields the names of a CaiT; the authors' are also timm's."""
-    for name in ("cls_token", "pos_embed"):
+    for name in ("cls_token", "dist_token", "pos_embed"):
         yield Row(name, (name,), SAME)
     yield from conv("patch_embed/proj", "patch_embed.proj")
     for layer in range(config.depth):
         ours, theirs = f"blocks/{layer}", f"blocks.{layer}"
         yield from _mlp_and_norms(ours, theirs)
         yield from linear(f"{ours}/attn/qkv", f"{theirs}.attn.qkv")
+        yield from _prior(f"{ours}/attn", f"{theirs}.attn")
         yield from linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
         yield from linear(f"{ours}/attn/mix_scores", f"{theirs}.attn.proj_l")
         yield from linear(f"{ours}/attn/mix_weights", f"{theirs}.attn.proj_w")
@@ -99,14 +105,16 @@ def _cait(config: CaiTConfig) -> Iterator[Row]:
             yield Row(f"{ours}/scale{index}/gamma", (f"{theirs}.gamma_{index}",), SAME)
     yield from norm("norm", "norm")
     yield from linear("head", "head")
+    yield from linear("dist_head", "head_dist")
 
 
-def _swin(config: SwinConfig, dialect: Dialect) -> Iterator[Row]:
-    """Yields the names of a Swin, the authors' or timm's.
+def _pyramid(config: SwinConfig | MaiTPyramidConfig, dialect: Dialect) -> Iterator[Row]:
+    """Yields the names of a Swin, the authors' or timm's, which a hierarchical MaiT has too.
 
     Patch merging begins a stage in timm, and ends the one before in the authors' code.
     """
     is_timm = dialect == "timm"
+    yield Row("pos_embed", ("pos_embed",), SAME)
     yield from conv("patch_embed/proj", "patch_embed.proj")
     yield from norm("patch_norm", "patch_embed.norm")
     layer = 0
@@ -123,9 +131,14 @@ def _swin(config: SwinConfig, dialect: Dialect) -> Iterator[Row]:
             yield from linear(f"{ours}/attn/qkv", f"{theirs}.attn.qkv")
             yield from linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
             yield Row(f"{ours}/attn/position/table", (table,), OFFSET_TABLE)
+            yield from _prior(f"{ours}/attn", f"{theirs}.attn")
+            for index in (1, 2):
+                yield Row(f"{ours}/scale{index}/gamma", (f"{theirs}.gamma_{index}",), SAME)
+            yield from conv(f"{ours}/pos_conv", f"{theirs}.pos_block.proj.0")
             layer += 1
     yield from norm("norm", "norm")
     yield from linear("head", "head.fc" if is_timm else "head")
+    yield from linear("dist_head", "head_dist")
 
 
 def _mlp_and_norms(ours: str, theirs: str) -> Iterator[Row]:

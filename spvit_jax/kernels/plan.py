@@ -127,6 +127,24 @@ class Plan(NamedTuple):
             pipeline_mode=pl.Buffered(1),
         )
 
+    def bias_spec(self, bias: Any) -> pl.BlockSpec | None:
+        """Returns the block of a group's bias, as `pad_bias` returns it."""
+        if bias is None:
+            return None
+        return pl.BlockSpec((1, 3, self.width), lambda group, *_: (group, 0, 0))
+
+    def pad_bias(self, bias: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array | None:
+        """Pads a projection's bias [3D], rounded to `dtype`, to [groups, 3, width] float32."""
+        if bias is None:
+            return None
+        groups = bias.astype(dtype).astype(jnp.float32).reshape(3, self.groups, -1)
+        padding = ((0, 0), (0, 0), (0, self.width - groups.shape[-1]))
+        return jnp.pad(groups, padding).swapaxes(0, 1)
+
+    def unpad_bias(self, bias: jax.Array) -> jax.Array:
+        """Returns [3D] of [groups, 3, width]; inverse of `pad_bias`."""
+        return bias[..., : self.heads * self.head_dim].swapaxes(0, 1).reshape(-1)
+
     def pad(self, x: jax.Array) -> jax.Array:
         """Pads the columns of each group, in [B, N, parts·D], to whole tiles."""
         columns = self.heads * self.head_dim

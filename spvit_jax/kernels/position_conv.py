@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
+
+from spvit_jax.kernels.mesh import on_each_device
 
 Grid = tuple[int, int]  # (h, w): rows and columns of patches
 
@@ -45,8 +46,6 @@ def position_conv(
 ) -> jax.Array:
     """Computes x + DWConv3×3(x) + bias on the patches, with zeros around them.
 
-    With a mesh in context the batch is split over all its axes.
-
     Args:
       x: tokens [B, P+N, D] of a grid h·w = N behind P prefix tokens, which stay as they are;
         float32 or bfloat16, D a multiple of 128.
@@ -60,15 +59,10 @@ def position_conv(
       [B, P+N, D] in the dtype of `x`; sums are in float32.
     """
 
-    def run(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        weights = kernel.reshape(9, -1), bias.reshape(1, -1)
-        return _position_conv(x, *weights, grid, num_prefix, interpret)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        split, whole = P(mesh.axis_names), P()
-        run = jax.shard_map(run, in_specs=(split, whole, whole), out_specs=split, check_vma=False)
-    return run(x, kernel, bias)
+    weights = kernel.reshape(9, -1), bias.reshape(1, -1)
+    return on_each_device(
+        lambda x, weights: _position_conv(x, *weights, grid, num_prefix, interpret), x, weights
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -19,6 +19,7 @@ from spvit_jax.models import aliases
 from spvit_jax.models.base import Model, ModelConfig, Outputs
 from spvit_jax.models.cait import CaiT, CaiTConfig
 from spvit_jax.models.fields import read_field, read_image_size
+from spvit_jax.models.mait_pyramid import MaiTPyramid, MaiTPyramidConfig
 from spvit_jax.models.swin import Swin, SwinConfig
 from spvit_jax.models.vit import ViT, ViTConfig
 
@@ -27,6 +28,8 @@ __all__ = [
     "CaiT",
     "CaiTConfig",
     "EvaluationProtocol",
+    "MaiTPyramid",
+    "MaiTPyramidConfig",
     "Model",
     "ModelConfig",
     "Outputs",
@@ -42,9 +45,10 @@ __all__ = [
     "model_config",
     "read_image_size",
     "register_model",
+    "registered_name",
 ]
 
-FAMILIES: list[type[ModelConfig]] = [ViTConfig, CaiTConfig, SwinConfig]
+FAMILIES: list[type[ModelConfig]] = [ViTConfig, CaiTConfig, SwinConfig, MaiTPyramidConfig]
 
 
 def _deit(dim: int, num_heads: int, *, distilled: bool = False) -> ViTConfig:
@@ -101,6 +105,11 @@ def _swin(dim: int, num_heads: int, depth: int, drop_path: float) -> SwinConfig:
     return SwinConfig(dim=dim, num_heads=num_heads, depths=(2, 2, depth, 2), drop_path=drop_path)
 
 
+def _mait_pyramid(dim: int, num_heads: int, depth: int, drop_path: float) -> MaiTPyramidConfig:
+    depths = (2, 2, depth, 2)
+    return MaiTPyramidConfig(dim=dim, num_heads=num_heads, depths=depths, drop_path=drop_path)
+
+
 _MODELS: dict[str, ModelConfig] = {
     "deit_ti": _deit(192, 3),
     "deit_s": _deit(384, 6),
@@ -131,6 +140,9 @@ _MODELS: dict[str, ModelConfig] = {
     "swin_s": _swin(96, 3, 18, 0.3),
     "swin_b": _swin(128, 4, 18, 0.5),
     "swin_l": _swin(192, 6, 18, 0.2),
+    "mait_pyramid_t": _mait_pyramid(96, 3, 6, 0.2),
+    "mait_pyramid_s": _mait_pyramid(96, 3, 18, 0.3),
+    "mait_pyramid_b": _mait_pyramid(128, 4, 18, 0.5),
 }
 
 
@@ -167,6 +179,11 @@ _EVALUATION_PROTOCOLS = (
 )
 
 
+# Fields that a model of a name may have of any value: sizes, and how it runs or is trained.
+_NOT_OF_A_NAME = (
+    *("image_size", "num_classes"),
+    *("drop_path", "dtype", "attention", "remat", "scan"),
+)
 _OWN_PROTOCOLS: dict[str, EvaluationProtocol] = {}  # of models that `register_model` adds
 
 
@@ -204,6 +221,17 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
+def registered_name(config: ModelConfig) -> str | None:
+    """Returns the name of a model at any image size and number of classes; None if it has none."""
+
+    def essence(model: ModelConfig) -> dict[str, Any]:
+        fields = model.to_dict().items()
+        return {field: value for field, value in fields if field not in _NOT_OF_A_NAME}
+
+    wanted = essence(config)
+    return next((name for name in list_models() if essence(_MODELS[name]) == wanted), None)
+
+
 def evaluation_protocol(name: str, image_shape: tuple[int, int]) -> EvaluationProtocol:
     """Returns the evaluation protocol of a named model at an image shape (height, width) in pixels.
 
@@ -236,7 +264,7 @@ def model_config(
       image_size: pixels: one number, (height, width), or a text such as "160x256"; None is 224, or
         what timm's name says.
       num_classes: number of classes C.
-      **overrides: fields of `ViTConfig`, `CaiTConfig` or `SwinConfig`.
+      **overrides: fields of the model's configuration, such as `ViTConfig`'s.
 
     Raises:
       InputError: the name or a field is unknown, or the fields contradict each other.
@@ -305,7 +333,7 @@ def create_model(
         what timm's name says.
       num_classes: number of classes C.
       rngs: random keys of the initial weights; `nnx.Rngs(0)` if not given.
-      **overrides: fields of the model's configuration: `ViTConfig`, `CaiTConfig` or `SwinConfig`.
+      **overrides: fields of the model's configuration, such as `ViTConfig`'s.
 
     Returns:
       A module whose call maps [B, height, width, 3] normalised images to logits [B, C].

@@ -8,6 +8,7 @@ same faster (`implementation.py` says which).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from spvit_jax.kernels.local import local_attention
 from spvit_jax.kernels.mesh import on_each_device
 from spvit_jax.models.implementation import Implementation, check, choose, is_local
 from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import accumulation_dtype
+from spvit_jax.models.layers import Linear, accumulation_dtype
 from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
 
 Factors = tuple[jax.Array | None, jax.Array | None]  # G and B, or None where they are 1 and 0
@@ -139,10 +140,10 @@ class Attention(nnx.Module):
         check(implementation, dim // num_heads, dtype, other_scores=other_scores)
         self.num_heads = num_heads
         self.implementation: Implementation = "xla" if talking_heads else implementation
-        self.qkv = nnx.Linear(
+        self.qkv = Linear(
             dim, 3 * dim, use_bias=qkv_bias, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
-        self.proj = nnx.Linear(dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs)
         self.prior = (
             SpatialPrior(num_heads, dim // num_heads, extent=prior_extent, rngs=rngs)
             if spatial_prior
@@ -178,39 +179,53 @@ class Attention(nnx.Module):
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
         if self.mask is not None and is_local(self.implementation, x.shape[1]):
             return self._attend_locally(x, grid, num_prefix, self.mask)
-        out = self.attend(self._project(x), grid, num_prefix)
-        with jax.named_scope("proj"):
-            return self.proj(out)
-
-    def attend(self, qkv: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
-        """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, P+N, D] of a projection [B, P+N, 3D]."""
+        with jax.named_scope("qkv"):
+            dtype, bias = self.qkv.dtype, self.qkv.bias
+            qkv = x.astype(dtype) @ self.qkv.kernel[...].astype(dtype)
+            qkv_bias = None if bias is None else bias[...].astype(dtype)
 
         def factors(prior: SpatialPrior | None) -> Factors:
             return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)
 
-        return self._attend_heads(qkv, self.num_heads, factors)
+        out = self._attend_heads(qkv, self.num_heads, factors, qkv_bias)
+        with jax.named_scope("proj"):
+            return self.proj(out)
 
     def _attend_heads(
-        self, qkv: jax.Array, num_heads: int, factors: Callable[[SpatialPrior | None], Factors]
+        self,
+        qkv: jax.Array,
+        num_heads: int,
+        factors: Callable[[SpatialPrior | None], Factors],
+        qkv_bias: jax.Array | None,
     ) -> jax.Array:
-        """Computes `attend` of some heads H, from their projection [B, n, 3·H·d].
+        """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, n, H·d] of some heads H.
 
-        `factors` returns their G and B for a given prior.
+        Args:
+          qkv: projection [B, n, 3·H·d] of the heads, without its bias.
+          num_heads: number H of the heads.
+          factors: returns G and B of the heads for a given prior.
+          qkv_bias: bias [3·H·d] of the projection, or None.
         """
         num_factors = (self.prior is not None) + (self.mask is not None)
         match choose(self.implementation, qkv, num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
                 graphdef, state = nnx.split(self.prior)
 
-                def attend(qkv: jax.Array, state: nnx.State) -> jax.Array:
+                def attend(qkv: jax.Array, shared: Any) -> jax.Array:
+                    state, qkv_bias = shared
                     gain, bias = factors(nnx.merge(graphdef, state))
                     interpret = name == "fused_interpret"
-                    return fused_attention(qkv, num_heads, gain, bias, interpret=interpret)
+                    return fused_attention(
+                        qkv, num_heads, gain, bias, qkv_bias=qkv_bias, interpret=interpret
+                    )
 
                 # Devices add up the gradient of the prior's parameters, and not that of G.
                 with jax.named_scope("attention"):
-                    return checkpoint_name(on_each_device(attend, qkv, state), CONTEXT)
+                    out = on_each_device(attend, qkv, (state, qkv_bias))
+                    return checkpoint_name(out, CONTEXT)
             case _:
+                with jax.named_scope("qkv"):
+                    qkv = qkv if qkv_bias is None else qkv + qkv_bias
                 gain, bias = factors(self.prior)
                 mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
                 q, k, v = split_heads(qkv, num_heads)
@@ -253,13 +268,12 @@ class Attention(nnx.Module):
 
         with jax.named_scope("qkv"):
             qkv = x @ _take(kernel, others, axis=2).reshape(dim, -1)
-            if bias is not None:
-                qkv += _take(bias, others, axis=1).reshape(-1)
+            other_bias = None if bias is None else _take(bias, others, axis=1).reshape(-1)
 
         def factors(prior: SpatialPrior | None) -> Factors:
             return None if prior is None else _take(prior(grid, num_prefix), others, axis=0), None
 
-        attended = self._attend_heads(qkv, len(others), factors)
+        attended = self._attend_heads(qkv, len(others), factors, other_bias)
         with jax.named_scope("proj"):
             return out + attended @ _take(out_kernel, others, axis=0).reshape(-1, dim)
 

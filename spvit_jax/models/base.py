@@ -49,7 +49,7 @@ class ModelConfig:
     drop_path: float = 0.0  # rate of stochastic depth, see `drop_path_per_layer`
 
     # MaiT's masked heads.
-    # ((layers, heads), …), ((0, 2), (1,), …) by layer, or "thirds"; see `models/mask_schedule.py`
+    # ((layers, heads), …), ((0, 2), (1,), …) by layer, "thirds", …: see `models/mask_schedule.py`
     masked_heads: MaskSchedule | None = None
     mask_radius: int | tuple[int, int] = 1  # patches, one number or (rows, columns)
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
@@ -102,13 +102,23 @@ class ModelConfig:
         """Radius of the masked heads' neighbourhood as (rows, columns)."""
         return _pair(self.mask_radius)
 
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Returns the number of layers of each stage of a pyramid; () for other models."""
+        return ()
+
+    def grid_per_layer(self) -> list[Grid]:
+        """Returns the grid of patches of each layer."""
+        return [self.grid] * len(self.heads_per_layer())
+
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer."""
         raise NotImplementedError
 
     def masked_per_layer(self) -> list[tuple[int, ...]]:
         """Returns the masked heads of each layer, in ascending order."""
-        return mask_schedule.masked_per_layer(self.masked_heads, self.heads_per_layer())
+        return mask_schedule.masked_per_layer(
+            self.masked_heads, self.heads_per_layer(), self.layers_per_stage()
+        )
 
     def drop_path_per_layer(self) -> list[float]:
         """Returns the rate of stochastic depth at each layer: growing from 0 to `drop_path`."""

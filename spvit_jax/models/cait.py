@@ -1,7 +1,7 @@
 """CaiT: self-attention among patches, then attention of the class token (arXiv 2103.17239).
 
-Its self-attention is that of `attention.py` with talking heads, so that MaiT's masked heads are an
-argument here as elsewhere. Named settings are in the registry, `spvit_jax.models`.
+Its self-attention is that of `attention.py` with talking heads, so that MaiT's masked heads and
+SP-ViT's prior are arguments here as elsewhere. Named settings are in the registry.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spvit_jax.errors import InputError
 from spvit_jax.models.attention import Attention, attention
-from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
+from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerNorm, LayerScale, Mlp
+from spvit_jax.models.layers import LayerNorm, LayerScale, Linear, Mlp
 from spvit_jax.models.stem import PatchEmbed
 
 
@@ -32,6 +33,22 @@ class CaiTConfig(ModelConfig):
     depth: int = 24  # layers of self-attention among patches
     class_layers: int = 2  # layers of class attention after them
     layer_scale: float = 1e-5  # initial value of LayerScale
+    spatial_layers: int = 0  # number of layers of patches with SP-SA, the first ones
+    prior_extent: int | None = None  # grid side to which offsets are rescaled; None: unscaled
+    distilled: bool = False  # whether DeiT's distillation token is there, with a head of its own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.spatial_layers <= self.depth:
+            raise InputError(
+                f"spatial_layers is {self.spatial_layers}; the model has {self.depth} layers of "
+                "patches"
+            )
+
+    @property
+    def num_prefix(self) -> int:
+        """Number P of tokens of class attention: the class token and the distillation token."""
+        return 2 if self.distilled else 1
 
     def heads_per_layer(self) -> list[int]:
         """Returns the number of attention heads of each layer of patches."""
@@ -47,25 +64,25 @@ class CaiTConfig(ModelConfig):
 
 
 class ClassAttention(nnx.Module):
-    """Attention in which the class token is the only query, over itself and the patches."""
+    """Attention whose only queries are the prefix tokens, over themselves and the patches."""
 
     def __init__(
         self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         linear = functools.partial(
-            nnx.Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+            Linear, dim, dim, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
         self.num_heads = num_heads
         self.q, self.k, self.v = (linear(use_bias=qkv_bias) for _ in range(3))
         self.proj = linear()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps tokens [B, 1+N, D], the class token first, to its update [B, 1, D]."""
+    def __call__(self, x: jax.Array, num_prefix: int) -> jax.Array:
+        """Maps tokens [B, P+N, D], prefix tokens first, to their update [B, P, D]."""
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-        query = x[:, :1]
+        query = x[:, :num_prefix]
         with jax.named_scope("qkv"):
             q, k, v = heads(self.q(query)), heads(self.k(x)), heads(self.v(x))
         out = attention(q, k, v)
@@ -74,7 +91,7 @@ class ClassAttention(nnx.Module):
 
 
 class ClassBlock(nnx.Module):
-    """Block of class attention and an MLP, which update the class token and not the patches."""
+    """Block of class attention and an MLP, which update the prefix tokens and not the patches."""
 
     def __init__(self, config: CaiTConfig, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, jnp.dtype(config.dtype)
@@ -88,11 +105,11 @@ class ClassBlock(nnx.Module):
         self.scale1 = LayerScale(dim, config.layer_scale)
         self.scale2 = LayerScale(dim, config.layer_scale)
 
-    def __call__(self, token: jax.Array, patches: jax.Array) -> jax.Array:
-        """Maps the class token [B, 1, D], given the patches [B, N, D]."""
-        tokens = jnp.concatenate([token, patches], axis=1)
-        token = token + self.scale1(self.attn(self.norm1(tokens)))
-        return token + self.scale2(self.mlp(self.norm2(token)))
+    def __call__(self, prefix: jax.Array, patches: jax.Array) -> jax.Array:
+        """Maps the prefix tokens [B, P, D], given the patches [B, N, D]."""
+        tokens = jnp.concatenate([prefix, patches], axis=1)
+        prefix = prefix + self.scale1(self.attn(self.norm1(tokens), prefix.shape[1]))
+        return prefix + self.scale2(self.mlp(self.norm2(prefix)))
 
 
 class CaiT(Model):
@@ -102,18 +119,24 @@ class CaiT(Model):
 
     def __init__(self, config: CaiTConfig, *, rngs: nnx.Rngs):
         dim, dtype, (h, w) = config.dim, jnp.dtype(config.dtype), config.grid
+        head = functools.partial(
+            Linear, dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+        )
+
         super().__init__(config)
         self.patch_embed = PatchEmbed(dim, config.patch_size, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(token_embedding(rngs.params(), (1, h * w, dim)))
         self.cls_token = nnx.Param(token_embedding(rngs.params(), (1, 1, dim)))
+        self.dist_token = (
+            nnx.Param(token_embedding(rngs.params(), (1, 1, dim))) if config.distilled else None
+        )
         self.blocks = nnx.List([_block(config, layer, rngs) for layer in range(config.depth)])
         self.class_blocks = nnx.List(
             [ClassBlock(config, rngs=rngs) for _ in range(config.class_layers)]
         )
         self.norm = LayerNorm(dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(
-            dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
-        )
+        self.head = head()
+        self.dist_head = head() if config.distilled else None
         self.eval()
 
     def to_tokens(self, patches: jax.Array) -> Tokens:
@@ -123,17 +146,22 @@ class CaiT(Model):
         return Tokens(x, (h, w), 0)
 
     def encode(self, patches: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Maps patch tokens [B, h, w, D] to normalised tokens [B, 1+N, D]."""
+        """Maps patch tokens [B, h, w, D] to normalised tokens [B, P+N, D]."""
         x = self.through_blocks(patches, key).x
-        token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = prepend(tokens, x[:, :0])
         for block in self.class_blocks:
-            token = block(token, x)
-        return self.norm(jnp.concatenate([token, x], axis=1))
+            prefix = block(prefix, x)
+        return self.norm(jnp.concatenate([prefix, x], axis=1))
 
     @jax.named_scope("heads")
     def classify(self, tokens: jax.Array) -> Outputs:
-        """Applies the head to the class token of normalised tokens [B, 1+N, D]."""
-        return Outputs(logits=self._logits(self.head, tokens[:, 0]))
+        """Applies the heads to the prefix tokens of normalised tokens [B, P+N, D]."""
+        dist = self.dist_head
+        return Outputs(
+            logits=self._logits(self.head, tokens[:, 0]),
+            distilled=None if dist is None else self._logits(dist, tokens[:, 1]),
+        )
 
 
 def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
@@ -143,6 +171,8 @@ def _block(config: CaiTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         config.dim,
         config.num_heads,
         qkv_bias=config.qkv_bias,
+        spatial_prior=layer < config.spatial_layers,
+        prior_extent=config.prior_extent,
         mask=config.mask(layer),
         talking_heads=True,
         implementation=config.attention,

@@ -21,7 +21,11 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def count_macs(config: ModelConfig) -> int:
-    """Returns the multiply-adds of a model's convolutions and matrix products for one image."""
+    """Returns the multiply-adds of a model's convolutions and matrix products for one image.
+
+    Which heads are computed at linear cost is up to `config.attention`, and if that is "auto", to
+    the devices.
+    """
     if config.attention == "fused":  # which can be counted on any platform
         config = dataclasses.replace(config, attention="fused_interpret")
     graphdef, state = nnx.split(config.abstract())

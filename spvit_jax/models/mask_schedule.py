@@ -11,21 +11,23 @@ from spvit_jax.errors import InputError
 #   ((layers, heads), ...)  consecutive layers, that many with these heads; together all layers
 #   (heads, ...)            each layer by itself
 #   "thirds"                all heads in the first third of the layers, one in the next, then none
+#   "stages"                all heads in the first two stages of a pyramid, then half of them
 # where heads are a number, which means the first ones, or a tuple of heads counted from 0: in two
 # layers ((1, (0, 2)), (1, 1)) and ((0, 2), 1) are the same. Entries that all are pairs of numbers
 # are the first kind; only where each layer has two heads is the second to be written otherwise.
 Heads = int | tuple[int, ...]
-MaskSchedule = tuple[int | tuple[int | tuple[int, ...], ...], ...] | Literal["thirds"]
+MaskSchedule = tuple[int | tuple[int | tuple[int, ...], ...], ...] | Literal["thirds", "stages"]
 
 
 def masked_per_layer(
-    schedule: MaskSchedule | None, num_heads: Sequence[int]
+    schedule: MaskSchedule | None, num_heads: Sequence[int], layers_per_stage: Sequence[int] = ()
 ) -> list[tuple[int, ...]]:
     """Returns the masked heads of each layer, in ascending order.
 
     Args:
       schedule: a schedule, or None, which masks no head.
       num_heads: number of heads of each layer.
+      layers_per_stage: number of layers of each stage of a pyramid; () for other models.
 
     Raises:
       InputError: the schedule has another number of layers, or heads that a layer has not or that
@@ -37,6 +39,13 @@ def masked_per_layer(
     if schedule == "thirds":
         third = depth // 3
         entries: list[Heads] = [*num_heads[:third], *[1] * third, *[0] * (depth - 2 * third)]
+    elif schedule == "stages":
+        if not layers_per_stage:
+            raise InputError(
+                "masked_heads is 'stages', and the model has none; expected 'thirds' or heads"
+            )
+        large = sum(layers_per_stage[:2])
+        entries = [*num_heads[:large], *(heads // 2 for heads in num_heads[large:])]
     else:
         entries = _entries(schedule, depth)
     return [

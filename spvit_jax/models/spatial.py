@@ -89,11 +89,12 @@ class SpatialPrior(nnx.Module):
             h, w = grid
             delta = delta * np.array([self.extent / w, self.extent / h])
         w1 = self.w1[...]
-        hidden = jnp.einsum("yxk,hdk->hdyx", jnp.asarray(delta, w1.dtype), w1)
-        hidden = jax.nn.relu(hidden + self.b1[...][:, :, None, None])
-        # A weighted sum rather than a product of matrices, which fuses with the line above.
-        weighted = (self.w2[...][:, :, None, None] * hidden).sum(axis=1)
-        return weighted + self.b2[...][:, None, None]
+        # All offsets on one axis, the last, which fills a TPU's lanes.
+        dx, dy = (jnp.asarray(delta[..., axis].ravel(), w1.dtype) for axis in (0, 1))
+        # Sums rather than products of matrices, which a TPU would round to bfloat16.
+        hidden = w1[..., :1] * dx + w1[..., 1:] * dy + self.b1[..., None]
+        weighted = (self.w2[..., None] * jax.nn.relu(hidden)).sum(axis=1) + self.b2[..., None]
+        return weighted.reshape(-1, *delta.shape[:2])
 
     def __call__(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns the gain G [H, P+N, P+N] float32, with 1 for prefix tokens."""

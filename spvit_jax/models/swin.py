@@ -1,74 +1,37 @@
 """Swin: attention inside shifted windows, on a pyramid of grids (arXiv 2103.14030).
 
 A window is the grid of the attention in `attention.py`: its bias B is learned per offset, and -inf
-between the parts of a shifted window; MaiT's masked heads are an argument here as elsewhere. Named
-settings are in the registry, `spvit_jax.models`.
+between the parts of a shifted window; MaiT's masked heads and SP-ViT's prior are arguments here as
+elsewhere. Its stages are those of `pyramid.py`; named settings are in the registry.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spvit_jax.errors import InputError
 from spvit_jax.models.attention import Attention, attention, attention_weights, split_heads
-from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens
 from spvit_jax.models.block import Block
 from spvit_jax.models.implementation import Implementation, check
-from spvit_jax.models.initializers import linear_kernel
-from spvit_jax.models.layers import LayerNorm
+from spvit_jax.models.pyramid import Pyramid, PyramidConfig
 from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
-from spvit_jax.models.stem import PatchEmbed
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinConfig(ModelConfig):
-    """Configuration of a Swin.
+class SwinConfig(PyramidConfig):
+    """Configuration of a Swin; masks and priors of its heads are those of a window."""
 
-    `dim` and `num_heads` are those of the first stage and double with each; `drop_path` is the
-    rate at the last layer, growing linearly from 0 at the first; `masked_heads` counts layers
-    through all stages, and its masks restrict heads inside their window.
-    """
-
-    patch_size: int = 4  # pixels
-    dim: int = 96
-    num_heads: int = 3
-    norm_eps: float = 1e-5
-    depths: tuple[int, ...] = (2, 2, 6, 2)  # layers of each stage
     window: int | None = None  # patches; None: 1/32 of the image's shorter side, 7 at 224 pixels
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.depths:
-            raise InputError("depths is (); expected the number of layers of each stage")
 
     @property
     def window_size(self) -> int:
         """Side of a window in patches, where the grid is not smaller."""
         return self.window or max(min(self.image_shape) // 32, 1)
-
-    def stages(self) -> list[tuple[Grid, int, int]]:
-        """Returns each stage's grid (h, w), channels and heads."""
-        (h, w), stages = self.grid, []
-        for stage in range(len(self.depths)):
-            stages.append(((h, w), self.dim * 2**stage, self.num_heads * 2**stage))
-            h, w = -(-h // 2), -(-w // 2)
-        return stages
-
-    def heads_per_layer(self) -> list[int]:
-        """Returns the number of attention heads of each layer."""
-        return [
-            heads
-            for (_, _, heads), depth in zip(self.stages(), self.depths, strict=True)
-            for _ in range(depth)
-        ]
 
     def build(self, rngs: nnx.Rngs) -> Swin:
         """Creates the model of this configuration."""
@@ -97,6 +60,8 @@ class WindowAttention(Attention):
         window: int,
         shifted: bool,
         qkv_bias: bool,
+        spatial_prior: bool = False,
+        prior_extent: int | None = None,
         mask: LocalityMask | None,
         implementation: Implementation = "auto",
         dtype: jnp.dtype,
@@ -104,7 +69,16 @@ class WindowAttention(Attention):
     ):
         # Windows are small, and each has a bias of its own: XLA's products are the faster.
         check(implementation, dim // num_heads, dtype, other_scores="the bias of Swin's windows")
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, mask=mask, dtype=dtype, rngs=rngs)
+        super().__init__(
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            spatial_prior=spatial_prior,
+            prior_extent=prior_extent,
+            mask=mask,
+            dtype=dtype,
+            rngs=rngs,
+        )
         h, w = grid
         self.window = (min(h, window), min(w, window))
         self.shift = (
@@ -172,79 +146,17 @@ class WindowAttention(Attention):
         return jnp.roll(image, self.shift, axis=(1, 2)).reshape(-1, h * w, dim)
 
 
-class PatchMerging(nnx.Module):
-    """Halves the grid: 2×2 patches of D channels become one of 2D, by LayerNorm and a linear map.
-
-    An odd grid is padded with zeros.
-    """
-
-    def __init__(self, dim: int, *, norm_eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = LayerNorm(4 * dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
-        self.reduction = nnx.Linear(
-            4 * dim, 2 * dim, use_bias=False, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
-        )
-
-    @jax.named_scope("patch_merging")
-    def __call__(self, tokens: Tokens) -> Tokens:
-        """Maps tokens [B, N, D] of a grid (h, w) to [B, ⌈h/2⌉·⌈w/2⌉, 2D]."""
-        x, (h, w) = tokens.x, tokens.grid
-        batch, _, dim = x.shape
-        image = jnp.pad(x.reshape(batch, h, w, dim), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
-        h, w = -(-h // 2), -(-w // 2)
-        # Four patches side by side, in the order of the authors: down first, then right.
-        merged = image.reshape(batch, h, 2, w, 2, dim).transpose(0, 1, 3, 4, 2, 5)
-        merged = merged.reshape(batch, h * w, 4 * dim)
-        return Tokens(self.reduction(self.norm(merged)), (h, w), 0)
-
-
-class Swin(Model):
-    """Swin model: stages of window attention, each on half the grid of the one before.
-
-    `blocks` are those of all stages in order; `merges[s]` is between stages s and s + 1.
-    """
+class Swin(Pyramid):
+    """Swin model: stages of window attention; in each, every second layer's windows are shifted."""
 
     config: SwinConfig
 
     def __init__(self, config: SwinConfig, *, rngs: nnx.Rngs):
-        dtype, eps, stages = jnp.dtype(config.dtype), config.norm_eps, config.stages()
-        last = stages[-1][1]
-        super().__init__(config)
-        self.patch_embed = PatchEmbed(config.dim, config.patch_size, dtype=dtype, rngs=rngs)
-        self.patch_norm = LayerNorm(config.dim, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                _block(config, stage, sum(config.depths[:stage]) + index, index % 2 == 1, rngs)
-                for stage, depth in enumerate(config.depths)
-                for index in range(depth)
-            ]
-        )
-        self.merges = nnx.List(
-            [PatchMerging(dim, norm_eps=eps, dtype=dtype, rngs=rngs) for _, dim, _ in stages[:-1]]
-        )
-        self.norm = LayerNorm(last, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(
-            last, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
-        )
-        self.eval()
-
-    def to_tokens(self, patches: jax.Array) -> Tokens:
-        """Normalises patch tokens [B, h, w, D]."""
-        batch, h, w, dim = patches.shape
-        return Tokens(self.patch_norm(patches.reshape(batch, h * w, dim)), (h, w), 0)
-
-    @property
-    def before_blocks(self) -> dict[int, Callable[[Tokens], Tokens]]:
-        """Patch merging before the first layer of each stage but the first, by that layer."""
-        starts = itertools.accumulate(self.config.depths[:-1])
-        return dict(zip(starts, self.merges, strict=True))
-
-    @jax.named_scope("heads")
-    def classify(self, tokens: jax.Array) -> Outputs:
-        """Applies the head to the mean of normalised tokens [B, N, D]."""
-        return Outputs(logits=self._logits(self.head, tokens.mean(axis=1)))
+        super().__init__(config, lambda layer: _block(config, layer, rngs), rngs=rngs)
 
 
-def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.Rngs) -> Block:
+def _block(config: SwinConfig, layer: int, rngs: nnx.Rngs) -> Block:
+    stage = config.stage_of_layers()[layer]
     grid, dim, heads = config.stages()[stage]
     dtype = jnp.dtype(config.dtype)
     make_attention = functools.partial(
@@ -253,8 +165,10 @@ def _block(config: SwinConfig, stage: int, layer: int, shifted: bool, rngs: nnx.
         heads,
         grid=grid,
         window=config.window_size,
-        shifted=shifted,
+        shifted=(layer - sum(config.depths[:stage])) % 2 == 1,
         qkv_bias=config.qkv_bias,
+        spatial_prior=layer < config.spatial_layers,
+        prior_extent=config.prior_extent,
         mask=config.mask(layer),
         implementation=config.attention,
         dtype=dtype,

@@ -20,7 +20,7 @@ from spvit_jax.models.attention import Attention
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
-from spvit_jax.models.layers import LayerNorm
+from spvit_jax.models.layers import LayerNorm, Linear
 from spvit_jax.models.stem import ConvStem, PatchEmbed
 
 
@@ -104,7 +104,7 @@ class ViT(Model):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, jnp.dtype(config.dtype)
         head = functools.partial(
-            nnx.Linear, dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
+            Linear, dim, config.num_classes, kernel_init=linear_kernel, dtype=dtype, rngs=rngs
         )
 
         super().__init__(config)

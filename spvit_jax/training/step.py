@@ -242,18 +242,24 @@ def _outputs(
 ) -> tuple[Outputs, losses.Targets]:
     """Returns a model's outputs and their targets, with MixToken if that is on.
 
-    Where patches were mixed, each token's logits go back to the image that the token is from, and
-    the image's label becomes the mean of the two images' labels, weighted by area.
+    Where patches were mixed, each token goes back to the image that it is from before the dense
+    head classifies it, and the image's label becomes the mean of the two images' labels, weighted
+    by area.
     """
     if not settings.mix_token:
         return module.outputs(images, key), targets
     group = settings.mix_token
     patches, boxes = mix.mix_tokens(module.embed(images), jax.random.fold_in(key, 1), group)
-    outputs = module.classify(module.encode(patches, jax.random.fold_in(key, 0)))
-    if outputs.dense is not None:
+    tokens = module.encode(patches, jax.random.fold_in(key, 0))
+    if getattr(module, "dense_head", None) is not None:
+        # Tokens rather than their logits, of which there are more: a group's images are on several
+        # devices.
         from_partner = boxes.reshape(len(boxes), -1, 1)
-        dense = jnp.where(from_partner, mix.partners(outputs.dense, group), outputs.dense)
-        outputs = dataclasses.replace(outputs, dense=dense)
+        num_prefix = tokens.shape[1] - from_partner.shape[1]
+        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+        patches = jnp.where(from_partner, mix.partners(patches, group), patches)
+        tokens = jnp.concatenate([prefix, patches], axis=1)
+    outputs = module.classify(tokens)
     area = boxes.mean((1, 2))[:, None]
 
     def by_area(labels: jax.Array) -> jax.Array:

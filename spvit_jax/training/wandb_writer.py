@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from spvit_jax import atomic
+from spvit_jax import atomic, paths
 from spvit_jax.errors import InputError, first_line
 
 log = logging.getLogger("spvit_jax")
@@ -56,6 +56,8 @@ class WandbWriter:
                 project=name,
                 entity=entity or None,
                 id=path.read_text().strip(),
+                # Its own files are local; on a machine that trains into a bucket, where it is.
+                dir=None if paths.is_remote(workdir) else str(workdir),
                 name=workdir.name,
                 config=dict(config),
                 resume="allow",
@@ -69,7 +71,8 @@ class WandbWriter:
         # A run that goes on from a checkpoint reports some steps again: they may not be in order.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        log.info("wandb           %s", self._run.url or f"offline, in {self._run.dir}")
+        where = f"offline, in {self._run.dir}" if self._run.offline else self._run.url
+        log.info("wandb           %s", where)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Reports the values at a step."""

@@ -96,7 +96,10 @@ def row(name, level, sign, bicubic=False):
 
 
 def apply(image, *rows, **settings):
-    return Augmentation(fill=FILL, **settings).apply(image, np.array(rows, np.float64))
+    """The image that operations make of one, and its affine map."""
+    images = np.array(image)[None]
+    moves = Augmentation(fill=FILL, **settings).apply(images, np.array([rows], np.float64))
+    return images[0], moves[0]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -248,7 +251,7 @@ def test_color_jitter_scales_three_things_in_a_random_order():
     assert draws(Augmentation(color_jitter=1.5), 50)[..., 1].min() >= 0
     factors = {int(code): factor for code, factor, _ in rows[0]}
     assert_same_pixels(
-        lambda p: Augmentation().apply(p, rows[0])[0],
+        lambda p: apply(p, *rows[0])[0],
         lambda p: functools.reduce(
             lambda image, code: {
                 Operation.BRIGHTNESS: ImageEnhance.Brightness,
@@ -276,4 +279,4 @@ def test_three_augment_is_grey_solarized_or_blurred():
         (Operation.GAUSSIAN_BLUR, lambda p: p.filter(ImageFilter.GaussianBlur(radii[0]))),
     ):
         drawn = first[first[:, 0] == code][:1]
-        assert_same_pixels(lambda p: Augmentation().apply(p, drawn)[0], theirs)  # noqa: B023
+        assert_same_pixels(lambda p: apply(p, *drawn)[0], theirs)  # noqa: B023

@@ -134,11 +134,12 @@ def warped_coordinates(name, sign, size=112, grid=14, flip=False):
     image = np.ascontiguousarray(image[:, ::-1]) if flip else image
     argument = sign * (18.0 if name == "ROTATE" else 0.2)
     operations = np.array([[Operation[name], argument, 0]])
-    warped, move = Augmentation(fill=(255, 255, 255)).apply(image, operations)
-    cells = warped.reshape(grid, size // grid, grid, size // grid, 3)
+    warped = image[None].copy()
+    moves = Augmentation(fill=(255, 255, 255)).apply(warped, operations[None])
+    cells = warped[0].reshape(grid, size // grid, grid, size // grid, 3)
     inside = (cells[..., 2] == 0).all((1, 3))
     assert inside.mean() > 0.4
-    return cells[..., :2].mean((1, 3)) / 200, inside, jnp.asarray(move)[None]
+    return cells[..., :2].mean((1, 3)) / 200, inside, jnp.asarray(moves)
 
 
 @pytest.mark.parametrize(

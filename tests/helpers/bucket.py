@@ -68,6 +68,8 @@ def _with_generations(handle):
     def handled(request, response, storage):
         params, query = request.params or {}, request.query
         name = params.get("object_id") or query.get("name", [None])[0]
+        if query.get("uploadType") == ["multipart"]:
+            name = request.data["meta"].get("name", name)
 
         def generation():
             try:

@@ -102,6 +102,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "models/test_vit.py::test_logits_equal_the_reference",
     ),
     Mutant(
+        "a bias' gradient is rounded to the dtype of the computation",
+        "models/layers.py",
+        "preferred_element_type=accumulation_dtype(gradient.dtype)",
+        "preferred_element_type=gradient.dtype",
+        "models/test_layers.py::test_a_biass_gradient_is_summed_in_float32",
+    ),
+    Mutant(
         "the second pixel of a pair sees what the first does",
         "models/stem.py",
         "(1 + shift, 2 - shift), (0, 0), (0, 0))) for shift in (0, 1)",
@@ -167,8 +174,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gradients of queries lack the scale",
         "kernels/fused.py",
-        "(dq * scale)",
-        "dq",
+        "_dot(dproducts, k, (1, 0)) * scale",
+        "_dot(dproducts, k, (1, 0))",
         "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
@@ -212,6 +219,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "jax.default_backend() if device is None else device.platform",
         "jax.default_backend()",
         "models/test_implementation.py::test_the_devices_of_the_program_decide_not_those_of_the_process",
+    ),
+    Mutant(
+        "weights are for the devices that they were trained on",
+        "weights.py",
+        'dataclasses.replace(config, attention="auto")',
+        "config",
+        "models/test_implementation.py::test_weights_do_not_say_how_attention_is_computed",
+    ),
+    Mutant(
+        "the gradient of the keys' bias is the last image's",
+        "kernels/fused.py",
+        "dshift_ref[0, rows, columns] += ",
+        "dshift_ref[0, rows, columns] = ",
+        "kernels/test_fused.py::test_the_kernel_is_the_attention_of_xla",
     ),
     Mutant(
         "the class token enters a layer early",
@@ -536,8 +557,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the maps of two warps are multiplied the other way round",
         "data/augmentation.py",
-        "move = move @ matrix",
-        "move = matrix @ move",
+        "else move @ matrix",
+        "else matrix @ move",
         "data/test_augmentation.py::test_the_map_says_where_pixels_were",
     ),
     Mutant(
@@ -650,6 +671,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "paths.py",
         "last.index(name) if name in last else -1",
         "0",
+        "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
+    ),
+    Mutant(
+        "a data set that is prepared twice is replaced while it is read",
+        "paths.py",
+        'mode = "overwrite" if replace else "create"',
+        'mode = "overwrite"',
         "test_paths.py::test_what_marks_a_folder_as_complete_is_written_last",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""The columnar family once more, in NumPy float64 and straight from the papers' formulas.
+"""The families once more, in NumPy float64 and straight from the papers' formulas.
 
 Nothing here is shared with the package: loops where it has tables, pairs where it has offsets,
 explicit sums where it has convolutions. Parameters come as a flat dictionary of names.
@@ -71,40 +71,49 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
+def mix_heads(x, p, name):
+    """CaiT's talking heads: each new head of x [B, H, n, m] is a sum of the old ones."""
+    if f"{name}/kernel" not in p:
+        return x
+    kernel, bias = p[f"{name}/kernel"], p[f"{name}/bias"]
+    heads = range(x.shape[1])
+    return np.stack([sum(x[:, h] * kernel[h, g] for h in heads) + bias[g] for g in heads], 1)
+
+
 def block(x, p, config, layer, grid, num_prefix):
     name = f"blocks/{layer}"
-    heads, dim = config.num_heads, config.dim
+    heads, dim = config.heads_per_layer()[layer], x.shape[-1]
+    skip_lam = getattr(config, "skip_lam", 1)
     d = dim // heads
     y = layer_norm(x, p, f"{name}/norm1", config.norm_eps)
     qkv = linear(y, p, f"{name}/attn/qkv")
     q, k, v = qkv[..., :dim], qkv[..., dim : 2 * dim], qkv[..., 2 * dim :]
     masked = config.masked_per_layer()[layer]
-    out = np.empty_like(q)
-    for head in range(heads):
-        columns = slice(head * d, (head + 1) * d)
-        scores = np.einsum("bnd,bmd->bnm", q[..., columns], k[..., columns]) / math.sqrt(d)
-        if layer < config.spatial_layers:
-            w = [p[f"{name}/attn/prior/{key}"] for key in ("w1", "b1", "w2", "b2")]
-            gain = pairwise_gain(*w, grid, config.prior_extent)[head]
-            gain = np.pad(gain, ((num_prefix, 0), (num_prefix, 0)), constant_values=1.0)
-            scores = scores * gain
-        if head in masked:
-            near = neighbourhood(grid, config.mask_shape, num_prefix)
-            far = 0.0 if config.mask_kind == "soft" else -np.inf
-            scores = np.where(near, scores, far)
-        out[..., columns] = softmax(scores) @ v[..., columns]
+    columns = [slice(head * d, (head + 1) * d) for head in range(heads)]
+    products = [np.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) for part in columns]
+    scores = mix_heads(np.stack(products, 1) / math.sqrt(d), p, f"{name}/attn/mix_scores")
+    if layer < config.spatial_layers:
+        w = [p[f"{name}/attn/prior/{key}"] for key in ("w1", "b1", "w2", "b2")]
+        gain = pairwise_gain(*w, grid, config.prior_extent)
+        scores[:, :, num_prefix:, num_prefix:] *= gain
+    for head in masked:
+        near = neighbourhood(grid, config.mask_shape, num_prefix)
+        far = 0.0 if config.mask_kind == "soft" else -np.inf
+        scores[:, head] = np.where(near, scores[:, head], far)
+    weights = mix_heads(softmax(scores), p, f"{name}/attn/mix_weights")
+    out = np.concatenate([weights[:, h] @ v[..., part] for h, part in enumerate(columns)], -1)
     branch = linear(out, p, f"{name}/attn/proj")
     if config.layer_scale is not None:
         branch = branch * p[f"{name}/scale1/gamma"]
-    x = x + branch / config.skip_lam
+    x = x + branch / skip_lam
 
     y = linear(layer_norm(x, p, f"{name}/norm2", config.norm_eps), p, f"{name}/mlp/fc1")
     branch = linear(y * (1 + erf(y / math.sqrt(2))) / 2, p, f"{name}/mlp/fc2")
     if config.layer_scale is not None:
         branch = branch * p[f"{name}/scale2/gamma"]
-    x = x + branch / config.skip_lam
+    x = x + branch / skip_lam
 
-    if config.pos_conv:
+    if f"{name}/pos_conv/kernel" in p:
         kernel, bias = p[f"{name}/pos_conv/kernel"], p[f"{name}/pos_conv/bias"]
         image = x[:, num_prefix:].reshape(x.shape[0], *grid, dim)
         channels = [slice(c, c + 1) for c in range(dim)]
@@ -114,6 +123,13 @@ def block(x, p, config, layer, grid, num_prefix):
     return x
 
 
+def embed(images, p):
+    """Patch tokens [B, N, D] and their grid."""
+    kernel = p["patch_embed/proj/kernel"]
+    x = conv(images, kernel, kernel.shape[0], 0) + p["patch_embed/proj/bias"]
+    return x.reshape(len(x), -1, x.shape[-1]), x.shape[1:3]
+
+
 def logits(images, params, stats, config):
     """Evaluation logits [B, C] of images [B, H, W, 3]."""
     p, x = params, images
@@ -121,10 +137,7 @@ def logits(images, params, stats, config):
         for i, (stride, pad) in enumerate(((2, 3), (1, 1), (1, 1)), 1):
             x = conv(x, p[f"patch_embed/conv{i}/kernel"], stride, pad)
             x = np.maximum(batch_norm(x, p, stats, f"patch_embed/bn{i}"), 0)
-    kernel = p["patch_embed/proj/kernel"]
-    x = conv(x, kernel, kernel.shape[0], 0) + p["patch_embed/proj/bias"]
-    grid = x.shape[1:3]
-    x = x.reshape(x.shape[0], -1, config.dim)
+    x, grid = embed(x, p)
 
     names = ["cls_token"] + (["dist_token"] if config.distilled else [])
     prefix = np.concatenate([np.repeat(p[name], len(x), 0) for name in names], 1)
@@ -144,3 +157,60 @@ def logits(images, params, stats, config):
     if config.dense_head:
         result = result + 0.5 * linear(x[:, len(names) :], p, "dense_head").max(1)
     return result
+
+
+def class_block(prefix, x, p, config, layer):
+    """CaiT's class attention: the prefix tokens ask, of themselves and the patches."""
+    name, heads = f"class_blocks/{layer}", config.num_heads
+    tokens = layer_norm(np.concatenate([prefix, x], 1), p, f"{name}/norm1", config.norm_eps)
+    q = linear(tokens[:, : prefix.shape[1]], p, f"{name}/attn/q")
+    k, v = (linear(tokens, p, f"{name}/attn/{key}") for key in "kv")
+    d, outs = config.dim // heads, []
+    for head in range(heads):
+        part = slice(head * d, (head + 1) * d)
+        scores = np.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) / math.sqrt(d)
+        outs.append(softmax(scores) @ v[..., part])
+    branch = linear(np.concatenate(outs, -1), p, f"{name}/attn/proj")
+    prefix = prefix + branch * p[f"{name}/scale1/gamma"]
+    y = linear(layer_norm(prefix, p, f"{name}/norm2", config.norm_eps), p, f"{name}/mlp/fc1")
+    branch = linear(y * (1 + erf(y / math.sqrt(2))) / 2, p, f"{name}/mlp/fc2")
+    return prefix + branch * p[f"{name}/scale2/gamma"]
+
+
+def cait_logits(images, p, stats, config):
+    """Evaluation logits [B, C] of a CaiT."""
+    x, grid = embed(images, p)
+    x = x + p["pos_embed"]
+    for layer in range(config.depth):
+        x = block(x, p, config, layer, grid, 0)
+    names = ["cls_token"] + (["dist_token"] if config.distilled else [])
+    prefix = np.concatenate([np.repeat(p[name], len(x), 0) for name in names], 1)
+    for layer in range(config.class_layers):
+        prefix = class_block(prefix, x, p, config, layer)
+    prefix = layer_norm(prefix, p, "norm", config.norm_eps)
+    result = linear(prefix[:, 0], p, "head")
+    return (result + linear(prefix[:, 1], p, "dist_head")) / 2 if config.distilled else result
+
+
+def pyramid_logits(images, p, stats, config):
+    """Evaluation logits [B, C] of a hierarchical MaiT."""
+    x, (h, w) = embed(images, p)
+    x = layer_norm(x, p, "patch_norm", config.norm_eps) + p["pos_embed"]
+    layer = 0
+    for stage, depth in enumerate(config.depths):
+        if stage:
+            image = x.reshape(len(x), h, w, -1)
+            corners = [image[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+            h, w = h // 2, w // 2
+            x = np.concatenate(corners, -1).reshape(len(x), h * w, -1)
+            x = linear(
+                layer_norm(x, p, f"merges/{stage - 1}/norm", config.norm_eps),
+                p,
+                f"merges/{stage - 1}/reduction",
+            )
+        for _ in range(depth):
+            x = block(x, p, config, layer, (h, w), 0)
+            layer += 1
+    x = layer_norm(x, p, "norm", config.norm_eps).mean(1)
+    result = linear(x, p, "head")
+    return (result + linear(x, p, "dist_head")) / 2 if config.distilled else result

@@ -185,9 +185,10 @@ def test_masks_cost_no_gradient():
         graphdef, state = nnx.split(made)
         return kernels(jax.grad(lambda s: nnx.merge(graphdef, s)(x, (3, 3)).sum()), state)
 
-    plain = [("fused_attention", 1), ("fused_attention_backward", 1)]
+    # Of the projection and its bias; and of the prior's gain.
+    plain = [("fused_attention", 1), ("fused_attention_backward", 2)]
     assert program() == program(mask=SOFT) == program(mask=HARD) == plain
-    assert program(spatial_prior=True, mask=HARD) == [plain[0], ("fused_attention_backward", 2)]
+    assert program(spatial_prior=True, mask=HARD) == [plain[0], ("fused_attention_backward", 3)]
 
 
 @pytest.mark.parametrize("name", sorted({*list_models("*vit*"), *list_models("[dm]*")}))
@@ -255,14 +256,17 @@ def test_some_steps_of_digits_are_xlas():
 @pytest.mark.parametrize(
     ("topology", "tokens", "dtype"), [("v5e:1x1", 577, "bfloat16"), ("v6e:1x1", 197, "float32")]
 )
-@pytest.mark.parametrize("head_dim", [64])
-def test_it_compiles_for_tpus(topology, tokens, dtype, head_dim):
+def test_it_compiles_for_tpus(topology, tokens, dtype):
     chip = one_chip(topology)
-    qkv = jax.ShapeDtypeStruct((1, tokens, 3 * 2 * head_dim), dtype, sharding=chip)
-    factor = jax.ShapeDtypeStruct((2, tokens, tokens), jnp.float32, sharding=chip)
 
-    def value(qkv, gain, bias):
-        return fused_attention(qkv, 2, gain, bias).astype(jnp.float32).sum()
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
 
-    compiled = jax.jit(jax.value_and_grad(value, (0, 1, 2))).lower(qkv, factor, factor).compile()
+    def value(qkv, gain, bias, qkv_bias):
+        out = fused_attention(qkv, 2, gain, bias, qkv_bias=qkv_bias)
+        return out.astype(jnp.float32).sum()
+
+    qkv, factor = array(1, tokens, 384, dtype=dtype), array(2, tokens, tokens)
+    gradients = jax.jit(jax.value_and_grad(value, (0, 1, 2, 3)))
+    compiled = gradients.lower(qkv, factor, factor, array(384)).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 2

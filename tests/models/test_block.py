@@ -18,6 +18,7 @@ FAMILIES = {
     "deit_ti": ({"depth": 4}, "deit_tiny_patch16_224", {"depth": 4}),
     "cait_xxs24": ({"depth": 4}, "cait_xxs24_224", {"depth": 4}),
     "swin_t": ({"depths": (4,), "window": 2}, "swin_tiny_patch4_window7_224", {"depths": (4,)}),
+    "mait_pyramid_t": ({"depths": (4,)}, "swin_tiny_patch4_window7_224", {"depths": (4,)}),
 }
 
 

@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from spvit_jax import plan
+from spvit_jax import plan, weights
 from spvit_jax.errors import InputError
 from spvit_jax.models import create_model, model_config
 from spvit_jax.models.complexity import count_macs
+from spvit_jax.models.initializers import CountedRngs
+from spvit_jax.training import checkpoint
+from spvit_jax.training.state import Variables
 from tests.helpers.configs import digits
 from tests.helpers.tpu_compiler import DIGITS, needs_libtpu, planned
 
@@ -84,3 +87,12 @@ def test_a_kernel_is_refused_where_it_cannot_run(name, settings, message):
 def test_a_run_is_refused_before_its_first_step():
     with pytest.raises(InputError, match="the devices are CPUs"):
         plan.training_run(digits("vit"), DIGITS, {"model.attention": "fused"})
+
+
+def test_weights_do_not_say_how_attention_is_computed(tmp_path):
+    """Those of a run on TPUs are evaluated, distilled and converted anywhere."""
+    model = model_config("deit_ti", image_size=16, dim=16, num_heads=1, depth=1, attention="fused")
+    variables = Variables.of(model.build(CountedRngs(jax.random.key(0))))
+    checkpoint.save_variables(tmp_path / "weights", variables, model)
+    found = weights.find(tmp_path / "weights", None)
+    assert found.config == dataclasses.replace(model, attention="auto")

@@ -1,4 +1,4 @@
-"""The stem's parts against PyTorch's, and the stem on pairs of pixels against that on pixels."""
+"""Layers against PyTorch's, and the stem on pairs of pixels against that on pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
+from spvit_jax.models.layers import Linear
 from spvit_jax.models.stem import ConvStem
 
 
@@ -62,3 +63,21 @@ def test_pairs_are_for_stems_that_leave_lanes_idle():
     assert has_pairs(16, 64)
     assert not has_pairs(16, 128)  # a pair has more channels than lanes
     assert not has_pairs(6, 64)  # a patch's row of half the resolution is no whole pairs
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_biass_gradient_is_summed_in_float32(dtype):
+    """Of 4,112 tokens, a number that bfloat16 does not have."""
+    layer = Linear(2, 3, dtype=dtype, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    x = jnp.ones((16, 257, 2))
+    weights = jnp.array([1.0, -3.0, 0.5])
+
+    def loss(state):
+        return (nnx.merge(graphdef, state)(x).astype(jnp.float32) * weights).sum()
+
+    gradients = jax.grad(loss)(state)
+    assert gradients["bias"][...].dtype == jnp.float32
+    np.testing.assert_array_equal(gradients["bias"][...], 4112 * weights)
+    expected = layer.kernel[...].sum(axis=0) + layer.bias[...]
+    np.testing.assert_allclose(layer(x)[0, 0].astype(jnp.float32), expected, rtol=2e-2, atol=1e-2)

@@ -18,6 +18,7 @@ MODELS = {
     "mait_t": {"depth": 6, "masked_heads": ((2, 3), (2, 1), (2, 0))},
     "cait_xxs24": {"depth": 3, "layer_scale": 0.1},
     "swin_t": {"depths": (4, 2), "window": 4},
+    "mait_pyramid_t": {"depths": (2,), "attention": "local"},
 }
 IMAGES = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
 KEY = jax.random.key(1)

@@ -268,7 +268,7 @@ def test_same_seed_same_weights():
         ("swin_t", {"depths": (2, 0, 2)}, "expected whole numbers of at least 1"),
         ("swin_t", {"window": 0}, "window is 0; expected a whole number or None of at least 1"),
         ("swin_t", {"image_size": 226}, "226×226 is not a multiple of patch_size 4"),
-        ("swin_t", {"spatial_layers": 2}, "has no field 'spatial_layers'"),
+        ("swin_t", {"stem_width": 2}, "has no field 'stem_width'"),
         ("spvit_s", {"class_token_layer": 16}, "at most 15"),
         ("deit_s", {"drop_path": 1.0}, "rate in"),
         ("deit_s", {"dtype": "float16"}, "expected float32, bfloat16"),

@@ -8,8 +8,9 @@ from flax import nnx
 
 from spvit_jax.models.base import Tokens
 from spvit_jax.models.naming import named_leaves
+from spvit_jax.models.pyramid import PatchMerging
 from spvit_jax.models.spatial import LocalityMask
-from spvit_jax.models.swin import PatchMerging, WindowAttention
+from spvit_jax.models.swin import WindowAttention
 from tests.helpers import numpy_models
 from tests.helpers.variables import random_variables, run
 
@@ -40,6 +41,10 @@ def expected_attention(x, p, grid, shift, mask):
     for head in range(HEADS):
         q, k, v = (qkv[..., i * DIM + head * d : i * DIM + (head + 1) * d] for i in range(3))
         scores = q @ k.transpose(0, 2, 1) / d**0.5
+        if "prior/w1" in p:
+            w1, b1, w2, b2 = (p[f"prior/{key}"][head] for key in ("w1", "b1", "w2", "b2"))
+            hidden = np.maximum(dx[..., None] * w1[:, 0] + dy[..., None] * w1[:, 1] + b1, 0)
+            scores = scores * (hidden @ w2 + b2)
         far = (abs(dy) > 1) | (abs(dx) > 1)
         if mask and head in mask.heads and mask.kind == "soft":
             scores = scores * ~far
@@ -60,6 +65,7 @@ def expected_attention(x, p, grid, shift, mask):
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("grid", [(8, 12), (6, 9), (3, 8), (4, 4)])
 def test_window_attention_equals_its_definition(grid, shifted, mask):
+    """With SP-SA's prior in the windows where they are shifted."""
     with jax.enable_x64(True):
         module = WindowAttention(
             DIM,
@@ -68,6 +74,7 @@ def test_window_attention_equals_its_definition(grid, shifted, mask):
             window=WINDOW,
             shifted=shifted,
             qkv_bias=True,
+            spatial_prior=shifted,
             mask=mask,
             dtype=jnp.dtype("float64"),
             rngs=nnx.Rngs(0),

@@ -18,7 +18,8 @@ class Package(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.calls, self.problem, self.url, self.dir = [], None, None, "/runs/wandb/offline-run"
+        self.calls, self.problem = [], None
+        self.offline, self.dir = True, "/runs/wandb/offline-run"
 
     def Settings(self, **settings):
         return settings
@@ -58,6 +59,7 @@ def test_a_run_that_goes_on_is_one_run_there(package, tmp_path):
     assert first["id"] == again["id"] == (tmp_path / "wandb-id.txt").read_text()
     assert (first["entity"], first["project"], first["name"]) == ("us", "digits", tmp_path.name)
     assert (first["resume"], first["config"]) == ("allow", {"seed": 0})
+    assert first["dir"] == str(tmp_path)
 
 
 def test_what_keeps_it_from_starting_is_one_line(package, tmp_path):

@@ -1,0 +1,191 @@
+"""Classifies images with trained weights, and prints the likeliest classes of each.
+
+    python -m spvit_jax.predict photo.jpg photos/ --checkpoint=runs/pets
+    python -m spvit_jax.predict photo.jpg --checkpoint=hf:timm/deit_small_patch16_224.fb_in1k
+
+A folder stands for all images below it. The model, its classes, and how images are cropped and
+normalised are those of the run that the checkpoint belongs to; where that is not known, --config
+says it, and otherwise it is as in the model's recipe for ImageNet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from spvit_jax import atomic, cli, paths
+from spvit_jax import config as config_lib
+from spvit_jax import weights as weights_lib
+from spvit_jax.augment import mix
+from spvit_jax.data import decode
+from spvit_jax.data.crops import EvalTransform
+from spvit_jax.errors import InputError, writing
+from spvit_jax.models import ModelConfig, registered_name
+from spvit_jax.training import sharding
+from spvit_jax.weights import Weights
+
+_BATCH = 32
+
+
+class Prediction(NamedTuple):
+    """Likeliest classes of an image, the first the likeliest.
+
+    Attributes:
+      path: path of the image.
+      classes: names of the classes, or their numbers where names are not known.
+      probabilities: probability of each, the softmax of the model's evaluation logits.
+    """
+
+    path: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(
+    images: Sequence[epath.Path],
+    checkpoint: epath.Path,
+    *,
+    config: ConfigDict | None = None,
+    which: str = "best",
+    weights: str = "auto",
+    top: int = 5,
+) -> Iterator[Prediction]:
+    """Yields the likeliest classes of images, in their order.
+
+    Args:
+      images: paths of image files.
+      checkpoint: file or folder of the weights, as in `weights.find`.
+      config: fields of `spvit_jax.config.base`; None where the weights say what model they are of.
+      which: checkpoint of a workdir, as in `weights.find`.
+      weights: "model", "ema" or "auto", as in `weights.find`.
+      top: number of classes for each image.
+
+    Raises:
+      InputError: the weights cannot be used, or a file is no image.
+    """
+    like = None if config is None else config_lib.model_settings(config, num_classes=1000)
+    found = weights_lib.find(checkpoint, like, which=which, weights=weights)
+    model = _at_size(found.config, like)
+    if config is None:
+        config = _imagenet(model)
+    transform = EvalTransform.of(config, model.image_shape)
+    mean, std = config.data.mean, config.data.std
+    variables = found.load(model, sharding.make_mesh(-1, 1))
+
+    @jax.jit
+    def probabilities(batch: jax.Array) -> jax.Array:
+        logits = variables.model().outputs(mix.normalize(batch, mean, std)).evaluation_logits()
+        return jax.nn.softmax(logits)
+
+    for start in range(0, len(images), _BATCH):
+        part = images[start : start + _BATCH]
+        batch = np.stack([_read(path, transform) for path in part])
+        # One shape, so that one program is compiled; a few images are a smaller batch.
+        size = min(_BATCH, 2 ** math.ceil(math.log2(len(images))))
+        padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+        for path, row in zip(part, np.asarray(probabilities(padded)), strict=False):
+            best = np.argsort(-row, kind="stable")[:top]
+            yield Prediction(
+                str(path),
+                tuple(_name(found, number) for number in best),
+                tuple(float(row[number]) for number in best),
+            )
+
+
+def find_images(operands: Sequence[str]) -> list[epath.Path]:
+    """Returns the image files that operands name: themselves, and all below folders, by name.
+
+    Raises:
+      InputError: there is no such file or folder, or a folder holds no images.
+    """
+    images: list[epath.Path] = []
+    for path in map(paths.parse, operands):
+        if path.is_dir():
+            below = sorted(each for each in _files_below(path) if decode.is_image(each))
+            if not below:
+                raise InputError(f"{path} holds no images of {', '.join(decode.FORMATS)}")
+            images += below
+        elif path.exists():
+            images.append(path)
+        else:
+            raise InputError(f"there is no image {path}")
+    return images
+
+
+def _files_below(folder: epath.Path) -> list[epath.Path]:
+    if paths.is_remote(folder):
+        return [folder / name for name in paths.files_below(folder)]
+    return [epath.Path(root) / name for root, _, names in os.walk(folder) for name in names]
+
+
+def _at_size(trained: ModelConfig, like: ModelConfig | None) -> ModelConfig:
+    """Returns the model of the weights, at the image size that a configuration asks for."""
+    if like is None:
+        return trained
+    return type(trained)(**vars(trained) | {"image_size": like.image_size})
+
+
+def _imagenet(model: ModelConfig) -> ConfigDict:
+    """Returns the defaults for ImageNet with the evaluation protocol of a model."""
+    config = config_lib.base()
+    name = registered_name(model)
+    if name is not None:
+        config.model.name = name  # otherwise the protocol is that of the default, DeiT
+    return config
+
+
+def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
+    """Returns an image uint8 [height, width, 3] as evaluation sees it."""
+    try:
+        return transform(path.read_bytes()).numpy()
+    except Exception as error:  # whatever a damaged file makes TensorFlow or Pillow raise
+        raise InputError(
+            f"{path} cannot be read as an image; expected {', '.join(decode.FORMATS)}"
+        ) from error
+
+
+def _name(found: Weights, number: int) -> str:
+    return str(number) if found.class_names is None else found.class_names[number]
+
+
+def main() -> None:
+    """Defines the flags and runs the command."""
+    config = cli.config_flag(required=False)
+    path = flags.DEFINE_string(
+        "checkpoint", None, "Workdir, file or hf:OWNER/REPO of the weights.", required=True
+    )
+    top = flags.DEFINE_integer("top", 5, "Classes to print for each image.", lower_bound=1)
+    output = flags.DEFINE_string("json", None, "File to write the predictions to.")
+    weights = cli.weights_flags()
+
+    def run(*operands: str) -> None:
+        if not operands:
+            raise InputError("expected images to classify, or folders of some; see --help")
+        target = paths.parse_output(output.value) if output.value else None
+        images = find_images(operands)
+        results: list[dict[str, Any]] = []
+        for found in predict(
+            images, paths.parse(path.value), config=config(), top=top.value, **weights()
+        ):
+            print(found.path)
+            for name, probability in zip(found.classes, found.probabilities, strict=True):
+                print(f"  {100 * probability:5.1f}%  {name}", flush=True)
+            results.append(found._asdict())
+        if target is not None:
+            with writing(target):
+                atomic.write_text(target, json.dumps(results, indent=2) + "\n")
+
+    cli.run(run, operands="IMAGE…")
+
+
+if __name__ == "__main__":
+    main()
