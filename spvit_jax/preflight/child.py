@@ -124,7 +124,7 @@ def _keep_messages(folder: pathlib.Path) -> str:
 
 
 class _Progress:
-    """Time that has passed: in place on a terminal, else a line now and then."""
+    """Time that has passed: in place on a terminal, else a line of the report now and then."""
 
     def __init__(self) -> None:
         self._start = self._shown = time.monotonic()
@@ -139,7 +139,7 @@ class _Progress:
             print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
         elif now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
-            print(words, file=sys.stderr, flush=True)
+            print(words, flush=True)
 
     def end(self) -> None:
         """Removes what is in place on a terminal."""

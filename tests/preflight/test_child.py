@@ -47,7 +47,7 @@ def test_ctrl_c_ends_both_at_once(monkeypatch, capfd):
         child.compile_steps(sleep, TOPOLOGY)
     assert time.monotonic() - start < 10
     assert not multiprocessing.active_children()
-    assert "compiling the program, 0:0" in capfd.readouterr().err
+    assert "compiling the program, 0:0" in capfd.readouterr().out
 
 
 class Step:
