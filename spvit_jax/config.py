@@ -63,9 +63,8 @@ def base() -> ConfigDict:
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
 
-    # Folder of compiled programs, or "off"; None: JAX_COMPILATION_CACHE_DIR, else in the workdir,
-    # or in ~/.cache for commands without one.
-    config.compilation_cache = placeholder(str)
+    # None: JAX_COMPILATION_CACHE_DIR, else in the workdir, or in ~/.cache for commands without one.
+    config.compilation_cache = placeholder(str)  # folder that keeps compiled programs, or "off"
 
     config.model = model = ConfigDict()
     model.name = "deit_s"  # one of spvit_jax.models.list_models()
@@ -146,9 +145,8 @@ def base() -> ConfigDict:
     config.init_from = placeholder(str)  # weights a new run starts from: workdir, .pth, …
     config.init_new_head = False  # whether a head for other classes may be replaced by a new one
 
-    # Seconds without the end of a step after which a run that stands still is ended, or 30 median
-    # steps if they are longer; six times that for compiling, evaluating and saving; 0: never.
-    config.stall_timeout = 300.0
+    # Or 30 median steps if they are longer; six times that for compiling, evaluating and saving.
+    config.stall_timeout = 300.0  # seconds without a step after which a run is ended; 0: never
     config.profile = profile = ConfigDict()
     profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
     profile.steps = 5  # steps in a trace
