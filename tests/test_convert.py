@@ -279,7 +279,7 @@ def test_a_conversion_takes_twice_the_memory_of_the_file(direction, environment,
     size = 4 * count_parameters(config)
     assert size > 90e6
     program = [sys.executable, "-c", PEAK, *map(str, arguments)]
-    # Without it malloc keeps up to eight pools per core, as full as the threads happen to leave them.
+    # Otherwise malloc keeps pools for each thread, as full as they happen to be.
     one_pool = environment | {"MALLOC_ARENA_MAX": "1"}
     result = subprocess.run(program, env=one_pool, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
