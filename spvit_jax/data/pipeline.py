@@ -87,7 +87,10 @@ class BatchIterator(Iterator[Batch]):
                 return batch
             except tf.errors.OpError as error:
                 self._iterator = None
-                failure = error.with_traceback(None)  # whose frames would keep the iterator alive
+                # Frames of tracebacks would keep the iterator until some thread collects garbage.
+                # Ending, it waits for its calls of Python, and they may wait for that very thread.
+                failure = error.with_traceback(None)
+                failure.__context__ = failure.__cause__ = None
             if not self._reader.replace_unreadable(self._step):
                 raise failure
             self._iterator = self._reader.batches(self._step, self._stop)

@@ -1,8 +1,10 @@
 """A damaged image costs itself, whatever is wrong with it, and too many of them stop the run."""
 
+import gc
 import itertools
 import logging
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -62,6 +64,22 @@ def test_training_goes_on_with_the_next_example(clean, damaged, caplog):
         replaced += (~same).sum()
         np.testing.assert_array_equal(batch["image"][same], whole["image"][same])
     assert replaced == 2 * len(DAMAGED)
+
+
+def test_an_iterator_that_failed_is_gone_before_the_next_begins(damaged):
+    """Garbage collected later, in the middle of a call of Python, it could wait for that call."""
+    source = datasets.load(f"folder:{damaged}", "train", "unused")
+    settings = {"batch_size": 8, "seed": 5, "max_unreadable": 3}
+    with pipeline.train_batches(source, TRANSFORM, **settings) as batches:
+        first = weakref.ref(batches._iterator)
+        gc.collect()
+        gc.disable()
+        try:
+            while batches._iterator is first():  # until an image cannot be read
+                next(batches)
+            assert first() is None
+        finally:
+            gc.enable()
 
 
 def test_a_restart_gives_the_same_batches(damaged):
