@@ -47,7 +47,7 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         shapes = [variable.aval.shape for variable in eqn.invars]
-        outputs = math.prod(eqn.outvars[0].aval.shape)
+        outputs = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += outputs * math.prod(shapes[0][axis] for axis in contracted)
