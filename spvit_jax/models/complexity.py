@@ -57,6 +57,8 @@ def _macs_of_jaxpr(jaxpr: Any) -> int:
         elif eqn.params.get("name") == "depthwise_conv":
             # Shifted products, which count as the convolution that they are.
             total += outputs * math.prod(shapes[1][:2])
+        elif eqn.params.get("name") == "offset_products":
+            total += outputs * shapes[1][0]  # coordinates
         elif eqn.params.get("name") == "neighbour_products":
             total += outputs * shapes[0][1]  # channels of each product
         elif eqn.params.get("name") == "neighbour_sum":

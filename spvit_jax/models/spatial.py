@@ -59,6 +59,15 @@ def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:
     return jnp.pad(matrix, width, constant_values=value)
 
 
+@jax.jit
+def offset_products(w1: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Returns the products of weights [H, d, 2] and offsets [2, n]: [H, d, n].
+
+    As sums, since a TPU would round those of matrices to bfloat16. `complexity` counts them by name.
+    """
+    return w1[..., :1] * offsets[0] + w1[..., 1:] * offsets[1]
+
+
 class SpatialPrior(nnx.Module):
     """The learned gain of SP-SA: per head, a two-layer network of the offset (SP-ViT).
 
@@ -90,9 +99,9 @@ class SpatialPrior(nnx.Module):
             delta = delta * np.array([self.extent / w, self.extent / h])
         w1 = self.w1[...]
         # All offsets on one axis, the last, which fills a TPU's lanes.
-        dx, dy = (jnp.asarray(delta[..., axis].ravel(), w1.dtype) for axis in (0, 1))
-        # Sums rather than products of matrices, which a TPU would round to bfloat16.
-        hidden = w1[..., :1] * dx + w1[..., 1:] * dy + self.b1[..., None]
+        hidden = offset_products(w1, jnp.asarray(delta.reshape(-1, 2).T, w1.dtype))
+        hidden = hidden + self.b1[..., None]
+        # A sum, as in `offset_products`.
         weighted = (self.w2[..., None] * jax.nn.relu(hidden)).sum(axis=1) + self.b2[..., None]
         return weighted.reshape(-1, *delta.shape[:2])
 
