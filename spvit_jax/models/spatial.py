@@ -63,7 +63,7 @@ def pad_prefix(matrix: jax.Array, num_prefix: int, value: float) -> jax.Array:
 def offset_products(w1: jax.Array, offsets: jax.Array) -> jax.Array:
     """Returns the products of weights [H, d, 2] and offsets [2, n]: [H, d, n].
 
-    As sums, since a TPU would round those of matrices to bfloat16. `complexity` counts them by name.
+    As sums, since a TPU would round those of matrices to bfloat16; `complexity` counts them.
     """
     return w1[..., :1] * offsets[0] + w1[..., 1:] * offsets[1]
 
