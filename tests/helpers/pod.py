@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ ON_WORKERS = {
 COMMAND = ("run", "python", "train.py")
 PLACE = "--name=spvit-test --zone=us-west4-a --project=my-project"
 DELETE = f"launch/tpu_pod.sh {PLACE} delete"
+
+
+def _heed_signals():
+    """Undoes what nohup or a background shell has its children ignore, which none could trap."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Pod:
@@ -115,6 +122,7 @@ class Pod:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_signals,
         )
 
     def __call__(self, *args, code=0, **environment):
