@@ -11,6 +11,7 @@ A pattern is a shell's, and matches names.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import fnmatch
 import inspect
 import re
@@ -20,7 +21,6 @@ from spvit_jax import cli, recipes
 from spvit_jax import config as config_lib
 from spvit_jax.errors import InputError, nearest
 from spvit_jax.models import FAMILIES, aliases, list_models, model_config
-from spvit_jax.models.base import ModelConfig
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.preflight.topology import CHIPS, GIB
 
@@ -77,7 +77,8 @@ def topologies(pattern: str = "*") -> Iterator[str]:
 def field_meanings() -> dict[str, str]:
     """Returns the comment of each field of a configuration, by the field's name."""
     meanings: dict[str, str] = {}
-    classes: tuple[type, ...] = (ModelConfig, *FAMILIES)
+    every = (base for family in FAMILIES for base in reversed(family.__mro__))
+    classes = dict.fromkeys(base for base in every if dataclasses.is_dataclass(base))
     families = "".join(inspect.getsource(family) for family in classes)
     for prefix, source in (("", inspect.getsource(config_lib.base)), ("model.", families)):
         for field in _FIELD.finditer(source):

@@ -39,6 +39,15 @@ def test_a_crash_of_the_compiler_is_one_line_and_its_pages_are_kept():
     assert "pages of it" in pathlib.Path(found[1]).read_text()
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C raises, also where nohup or a background shell has this process ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_ends_both_at_once(monkeypatch, capfd):
     monkeypatch.setattr(child, "_SECONDS_BETWEEN_LINES", 1)
     start = time.monotonic()

@@ -69,15 +69,15 @@ def test_a_launch_that_is_ready(data_dir, tmp_path, capfd):
 
 
 def test_a_run_that_does_not_fit_is_refused_with_a_way_that_does(environment, tmp_path):
-    # Of 98,304 images on a chip one layer keeps more than 15.75 GiB, of half of them less.
+    # Of 147,456 images on a chip one layer keeps more than 15.75 GiB, of half of them less.
     args = (
         *("--config=configs/digits.py:vit", "--topology=v5e:2x2", "--ways=1"),
-        *("--config.model.depth=1", "--config.data.batch_size=393216"),
+        *("--config.model.depth=1", "--config.data.batch_size=589824"),
         f"--json={tmp_path / 'account.json'}",
     )
     result = run(environment, "preflight", *args, check=False)
     assert result.returncode == 1, result.stderr[-3000:]
-    assert "does not fit: a chip of v5e:2x2 needs 22." in result.stdout
+    assert "does not fit: a chip of v5e:2x2 needs 21." in result.stdout
     assert "of the 15.75 that a program can use" in result.stdout
     assert "--config.optim.accumulate=2 " in result.stdout.partition("the fastest first:")[2]
     assert result.stderr.splitlines() == ["error: not ready to launch; see above"]

@@ -138,7 +138,7 @@ def test_what_is_not_split_is_said_before_the_first_step(caplog):
     config = digits("spvit")
     config.model.update({"depth": 1, "spatial_layers": 0, "dim": 36})
     config.mesh.fsdp = 8
-    topology = Topology("v5e:2x4", CHIPS["v5e"], jax.devices(), hosts=2)
+    topology = Topology("v5e:2x4", CHIPS["v5e"], jax.devices(), 2, "v5e:2x4")
     run = plan.training_run(config, DataSize(1297, 500, 10))
     state = run.abstract
     split, rest = sharding.bytes_held(state, run.mesh)
