@@ -26,11 +26,8 @@ from spvit_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 Example = dict[str, tf.Tensor]  # with the fields of `_Reader._fields`
 
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-)  # raised by sources; RuntimeError is ArrayRecord's
+# What sources raise; RuntimeError is ArrayRecord's.
+_UNREADABLE = (OSError, ValueError, RuntimeError)
 _as_is = tf.autograph.experimental.do_not_convert  # for functions without Python control flow
 _GROUP = 32  # images that are resized and augmented by one call of Python
 _FETCH_AHEAD = 2  # batches whose records are read while earlier ones are decoded

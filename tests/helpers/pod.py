@@ -3,7 +3,6 @@
 import ast
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,12 +35,6 @@ ON_WORKERS = {
 COMMAND = ("run", "python", "train.py")
 PLACE = "--name=spvit-test --zone=us-west4-a --project=my-project"
 DELETE = f"launch/tpu_pod.sh {PLACE} delete"
-
-
-def _heed_signals():
-    """Undoes what nohup or a background shell has its children ignore, which none could trap."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Pod:
@@ -114,15 +107,16 @@ class Pod:
         (self.checkout / "launch/pod.env").write_text("# a comment\n\n" + "".join(lines))
 
     def start(self, *args, **environment):
+        # What nohup or a background shell has its children ignore, a script could not trap.
+        heeding = ["env", "--default-signal=INT,HUP"]
         return subprocess.Popen(
-            ["bash", "launch/tpu_pod.sh", *args],
+            [*heeding, "bash", "launch/tpu_pod.sh", *args],
             cwd=self.checkout,
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_heed_signals,
         )
 
     def __call__(self, *args, code=0, **environment):
