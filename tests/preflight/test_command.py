@@ -77,7 +77,7 @@ def test_a_run_that_does_not_fit_is_refused_with_a_way_that_does(environment, tm
     )
     result = run(environment, "preflight", *args, check=False)
     assert result.returncode == 1, result.stderr[-3000:]
-    assert "does not fit: a chip of v5e:2x2 needs 22." in result.stdout
+    assert "does not fit: a chip of v5e:2x2 needs 23." in result.stdout
     assert "of the 15.75 that a program can use" in result.stdout
     assert "--config.optim.accumulate=2 " in result.stdout.partition("the fastest first:")[2]
     assert result.stderr.splitlines() == ["error: not ready to launch; see above"]
