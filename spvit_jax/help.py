@@ -42,11 +42,11 @@ def text(argv: list[str], module: ModuleType, operands: str = "") -> str:
     config = [flag for flag in shared if flag.name == "config"]
     rest = [flag for flag in shared if flag.name != "config"]
     usage = " ".join([program(argv, module), *([operands] if operands else []), "[--FLAG=VALUE …]"])
-    parts = [f"usage: {usage}", (module.__doc__ or "").strip(), "flags:"]
-    parts += ["\n".join(_describe(flag) for flag in [*config, *own, *rest])]
+    described = "\n".join(_describe(flag) for flag in [*config, *own, *rest])
+    parts = [f"usage: {usage}", (module.__doc__ or "").strip(), f"flags:\n{described}"]
     if config:
         parts.append(textwrap.fill(_MORE, _WIDTH))
-    return "\n\n".join(parts).replace("flags:\n\n", "flags:\n") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def missing_flags(error: Exception) -> str | None:

@@ -10,6 +10,7 @@ says it, and otherwise it is as in the model's recipe for ImageNet.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from spvit_jax.data.crops import EvalTransform
 from spvit_jax.errors import InputError, writing
 from spvit_jax.models import ModelConfig, registered_name
 from spvit_jax.training import sharding
+from spvit_jax.training.state import Variables
 from spvit_jax.weights import Weights
 
 _BATCH = 32
@@ -82,7 +84,7 @@ def predict(
     variables = found.load(model, sharding.make_mesh(-1, 1))
 
     @jax.jit
-    def probabilities(batch: jax.Array) -> jax.Array:
+    def probabilities(variables: Variables, batch: jax.Array) -> jax.Array:
         logits = variables.model().outputs(mix.normalize(batch, mean, std)).evaluation_logits()
         return jax.nn.softmax(logits)
 
@@ -92,7 +94,7 @@ def predict(
         # One shape, so that one program is compiled; a few images are a smaller batch.
         size = min(_BATCH, 2 ** math.ceil(math.log2(len(images))))
         padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        for path, row in zip(part, np.asarray(probabilities(padded)), strict=False):
+        for path, row in zip(part, np.asarray(probabilities(variables, padded)), strict=False):
             best = np.argsort(-row, kind="stable")[:top]
             yield Prediction(
                 str(path),
@@ -131,7 +133,7 @@ def _at_size(trained: ModelConfig, like: ModelConfig | None) -> ModelConfig:
     """Returns the model of the weights, at the image size that a configuration asks for."""
     if like is None:
         return trained
-    return type(trained)(**vars(trained) | {"image_size": like.image_size})
+    return dataclasses.replace(trained, image_size=like.image_size)
 
 
 def _imagenet(model: ModelConfig) -> ConfigDict:
