@@ -261,9 +261,14 @@ def _evaluations(folder: pathlib.Path) -> list[tuple[int, float, float]]:
 
 
 def _commit() -> str:
-    """Returns the commit of the code, with "-dirty" behind it if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    """Returns the commit of the code, with "-dirty" behind it if the code differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", "spvit_jax", "configs", "benchmarks")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -111,8 +111,9 @@ def block(x, p, config, layer, grid, num_prefix):
         near = neighbourhood(grid, config.mask_shape, num_prefix)
         far = 0.0 if config.mask_kind == "soft" else -np.inf
         scores[:, head] = np.where(near, scores[:, head], far)
-    if (table := f"{name}/attn/position/table") in p:
-        scores[:, :, num_prefix:, num_prefix:] += pairwise_bias(p[table], grid)
+    if layer < getattr(config, "position_bias_layers", 0):
+        bias = pairwise_bias(p[f"{name}/attn/position/table"], grid)
+        scores[:, :, num_prefix:, num_prefix:] += bias
     weights = mix_heads(softmax(scores), p, f"{name}/attn/mix_weights")
     out = np.concatenate([weights[:, h] @ v[..., part] for h, part in enumerate(columns)], -1)
     branch = linear(out, p, f"{name}/attn/proj")
