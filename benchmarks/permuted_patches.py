@@ -1,10 +1,9 @@
 """Models that see the patches of an image in another order, the same for all images.
 
-    python -m spvit_jax.train --import=benchmarks.permuted_patches \
-        --config=configs/digits.py:spvit --config.model.name=permuted_spvit_s --workdir=…
-
-The permutation leaves nothing of the image's plane but its patches, of `patch_size`; it is made of
-the normalised pixels, before the stem, in training and in evaluation.
+With `--import=benchmarks.permuted_patches` any command knows `permuted_spvit_s` and the others, so
+that `--config.model.name=permuted_spvit_s` trains it. The permutation leaves nothing of the image's
+plane but its patches, of `patch_size`; it is made of the normalised pixels, before the stem, in
+training and in evaluation.
 """
 
 from __future__ import annotations

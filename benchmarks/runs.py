@@ -170,12 +170,14 @@ class Runner:
         missing = [run for run in runs if run not in known]
 
         def train(run: Run) -> None:
-            if self._is_late():
-                return
-            record = self._train(run)
-            self._append(record)
-            print(f"{run}: {record.top1[-1]:.4f} in {record.seconds:.0f} s", flush=True)
+            if not self._is_late():
+                record = self._train(run)
+                self._append(record)
+                print(f"{run}: {record.top1[-1]:.4f} in {record.seconds:.0f} s", flush=True)
 
+        # Once each, however many start from them.
+        starts = dict.fromkeys(run.start for run in missing if run.start is not None)
+        self.each(lambda run: self._is_late() or self.trained(run), list(starts))
         self.each(train, missing)
         known = self.records()
         return {run: known[run] for run in runs if run in known}
@@ -217,9 +219,7 @@ class Runner:
             self._cores.put(core)
 
     def _train(self, run: Run) -> Record:
-        """Trains a run, or the rest of it, after the one that it starts from."""
-        if run.start is not None:
-            self.trained(run.start)
+        """Trains a run, or the rest of it; the one that it starts from is complete."""
         start = time.monotonic()
         self.command("train", run.arguments(self.output))
         seconds = round(time.monotonic() - start, 1)

@@ -20,7 +20,6 @@ from benchmarks import (
     low_data,
     mait_ablation,
     markdown,
-    mask_search,
     permuted,
     spvit_ablation,
 )
@@ -55,14 +54,11 @@ def config_of(run):
 
 
 def test_every_run_has_a_model_and_its_own_folder(permuted_patches):
-    found = {"0": {"masked": [[0, 2], [1], [], [0, 1, 2]]}}
     variants = [
         convergence.VARIANTS,
         low_data.VARIANTS,
         mait_ablation.VARIANTS,
         permuted.VARIANTS,
-        mask_search.OTHERS,
-        {"by chance": [mask_search.masked(mask_search.by_chance(found["0"], 0), 0)]},
         *(variants for _, variants in spvit_ablation.EXPERIMENTS.values()),
     ]
     runs = {run for group in variants for runs in group.values() for run in runs}
@@ -76,16 +72,6 @@ def test_every_run_has_a_model_and_its_own_folder(permuted_patches):
             models_of.setdefault((model, *fields), []).append(run)
     # No two experiments train the same under different settings.
     assert [runs for runs in models_of.values() if len(runs) > 1] == []
-
-
-def test_masks_by_chance_are_as_many_as_were_found():
-    found = {"masked": [[0, 1, 2], [1], [], [0, 2]]}
-    chosen = [mask_search.by_chance(found, seed) for seed in range(20)]
-    assert {sum(map(len, heads)) for heads in chosen} == {6}
-    assert len(set(map(str, chosen))) > 15
-    run = mask_search.masked(found["masked"], seed=3)
-    model = config_lib.model_settings(config_of(run), num_classes=10)
-    assert model.masked_per_layer() == [(0, 1, 2), (1,), (), (0, 2)]
 
 
 SMALL = {"image_size": 24, "patch_size": 4, "dim": 12, "num_heads": 3, "num_classes": 5}

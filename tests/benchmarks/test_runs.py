@@ -52,7 +52,7 @@ def test_the_real_command_is_run_once(tmp_path, one_core, data_dir, capfd):
         assert tuple(line["eval_raw/top1"] for line in evaluations) == record.raw
     config = json.loads((runner.output / runs[1].folder / "config.json").read_text())
     assert (config["seed"], config["model"]["dim"], config["data"]["train_size"]) == (1, 12, 100)
-    losses = [records_of(runner.output / run.folder)[0]["train/loss"] for run in runs]
+    losses = [records_of(runner.output / run.folder)[0]["eval/loss"] for run in runs]
     assert losses[0] != losses[1]
 
     capfd.readouterr()
