@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -48,8 +49,9 @@ def config_of(run):
     path = f"{REPOSITORY / 'configs' / 'digits.py'}:{run.recipe}"
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    changes = [f"--config.{change}" for change in run.changes]
-    values(["", f"--config={path}", *changes])
+    argv = ["", f"--config={path}", *(f"--config.{change}" for change in run.changes)]
+    with mock.patch.object(sys, "argv", argv):  # where the flag looks for changes
+        values(argv)
     return values.config
 
 
