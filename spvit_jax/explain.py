@@ -280,7 +280,7 @@ def main() -> None:
     def run() -> None:
         compilation_cache.start(config().compilation_cache)
         checkpoint = paths.parse(path.value)
-        chosen = {"split": split.value, "num_images": images.value, **weights()}
+        chosen: dict[str, Any] = {"split": split.value, "num_images": images.value, **weights()}
         if suggest.value:
             suggestion = suggest_masks(config(), checkpoint, **chosen)
             _print_scores([each.tolist() for each in suggestion.locality], suggestion.num_images)

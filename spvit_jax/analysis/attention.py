@@ -137,7 +137,8 @@ def attention_received(layer: LayerAttention) -> jax.Array:
     """Returns the attention that each patch receives from a patch on average, [B, H, h, w]."""
     weights = layer.weights[..., layer.num_prefix :, layer.num_prefix :]
     received = weights.sum(axis=-2) / layer.num_patches
-    return sum(layer.on_grid(received[:, i], i) for i in range(len(layer.patches)))
+    maps = [layer.on_grid(received[:, i], i) for i in range(len(layer.patches))]
+    return jnp.stack(maps).sum(0)
 
 
 def patch_at(row: int, column: int, first: Grid, layer: Grid) -> int:

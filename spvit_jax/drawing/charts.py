@@ -148,7 +148,7 @@ def _heat_map(
                 axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
 
 
-def _is_dark(colour: Sequence[float]) -> bool:
+def _is_dark(colour: np.ndarray) -> bool:
     """Returns whether white is easier to read on a colour than black, by its luminance."""
     red, green, blue = (float(part) for part in colour[:3])
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18

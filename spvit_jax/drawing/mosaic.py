@@ -80,8 +80,9 @@ def figure_of(mosaic: Mosaic, title: str = "") -> Figure:
     if title:
         axes.set_title(title)
     if mosaic.scale is not None:
-        label, *scale = mosaic.scale
-        figure.colorbar(mappable(*scale), ax=axes, label=label, aspect=16, shrink=0.8)
+        label, name, least, most = mosaic.scale
+        scale = mappable(name, least, most)
+        figure.colorbar(scale, ax=axes, label=label, aspect=16, shrink=0.8)
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib.cm
 import matplotlib.colors
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 INK = "#22262b"
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
-_RC = {
+_RC: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
