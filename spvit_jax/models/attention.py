@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -305,16 +306,32 @@ class Attention(nnx.Module):
         with jax.named_scope("proj"):
             return out + attended @ _take(out_kernel, others, axis=0).reshape(-1, dim)
 
-    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
-        """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
+    def weights(
+        self, x: jax.Array, grid: Grid, num_prefix: int = 0, *, mix_weights: bool = True
+    ) -> jax.Array:
+        """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32.
+
+        Talking heads mix the heads once more after the softmax, and rows of A need not sum to 1
+        then; `mix_weights` False leaves that out: the heads on which masks and priors act.
+        """
         q, k, _ = split_heads(self._project(x), self.num_heads)
-        mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
+        mix = {"mix_scores": self.mix_scores}
+        mix["mix_weights"] = self.mix_weights if mix_weights else None
         gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
         return attention_weights(q, k, gain, bias, **mix)
 
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
+
+    def map_patches(self, grid: Grid) -> np.ndarray:
+        """Returns the patches that the attention maps of an image cover, for tokens on a grid.
+
+        Returns:
+          int [maps, n]: for each place of a map the index of its patch in the grid, row by row, or
+          -1 where there is padding.
+        """
+        return np.arange(grid[0] * grid[1])[None]
 
     @jax.named_scope("qkv")
     def _project(self, x: jax.Array) -> jax.Array:

@@ -102,6 +102,12 @@ class WindowAttention(Attention):
         """Returns the grid of a window."""
         return self.window
 
+    def map_patches(self, grid: Grid) -> np.ndarray:
+        """Returns the patch at each place of each window, int [windows, n]; -1 is padding."""
+        with jax.ensure_compile_time_eval():
+            numbers = jnp.arange(1, grid[0] * grid[1] + 1)[None, :, None]
+            return np.asarray(self._partition(numbers, grid))[..., 0] - 1
+
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
         with jax.named_scope("windows"):
@@ -113,7 +119,9 @@ class WindowAttention(Attention):
         with jax.named_scope("windows"):
             return self._merge_windows(out, grid)
 
-    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+    def weights(
+        self, x: jax.Array, grid: Grid, num_prefix: int = 0, *, mix_weights: bool = True
+    ) -> jax.Array:
         """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32.
 
         Rows whose query is padding, and no patch, are 0.
