@@ -18,6 +18,7 @@ from absl import app, flags
 
 from benchmarks import experiment
 from benchmarks.experiment import LONG, SHORT, Records, Variants
+from benchmarks.runs import Record, Run
 
 matplotlib.use("Agg")
 
@@ -88,7 +89,8 @@ def table(variants: Variants, records: Records) -> str:
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.convergence`: trains all models, prints the table, draws them."""
     del argv
-    runner, records = experiment.make_runner(), {}
+    runner = experiment.make_runner()
+    records: dict[Run, Record] = {}
     for steps in SCHEDULES:  # all of the short one comes first
         scheduled = {name: runs for name, runs in VARIANTS.items() if runs[0].steps == steps}
         records |= experiment.measure(runner, scheduled)

@@ -106,8 +106,9 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Record:
         """Reads what `to_json` wrote."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
-        return cls(**fields | {"run": _read_run(fields["run"])})
+        fields: dict[str, Any] = json.loads(line)
+        tuples = {name: tuple(fields[name]) for name in ("steps", "top1", "raw")}
+        return cls(**fields | tuples | {"run": _read_run(fields["run"])})
 
     def to_json(self) -> str:
         """Returns the record as one line of JSON."""
