@@ -54,12 +54,15 @@ dd { margin: 0; overflow-wrap: anywhere; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: 1.6rem; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.1rem; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
+  grid-auto-flow: dense; align-items: start; gap: 1rem; margin-top: 1.1rem;
+}
 figure {
-  flex: 1 1 22rem; min-width: 0; margin: 0; padding: 1.1rem 1.25rem 1.25rem;
+  min-width: 0; margin: 0; padding: 1.1rem 1.25rem 1.25rem;
   background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
 }
-figure.wide { flex-basis: 100%; }
+figure.wide { grid-column: 1 / -1; }
 code {
   display: block; margin-top: .6rem; padding: .45rem .7rem; border-radius: .4rem;
   background: var(--page); font: .84rem/1.5 ui-monospace, Menlo, Consolas, monospace;

@@ -134,7 +134,7 @@ def _locality(explanation: Explanation) -> Section:
             f"The share of a head's attention that stays within the {rows}×{columns} patches "
             "around the one that looks: 1 for a head that looks nowhere else, near 0 for one that "
             f"looks far away.{frames}{advice}",
-            charts.head_scores(measures.locality, "locality score", most=1, masked=masked),
+            charts.head_scores(measures.locality, "locality score", scale=(0, 1), masked=masked),
             code,
         ),
         Picture(
