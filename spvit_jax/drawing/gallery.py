@@ -104,7 +104,7 @@ def _on_images(
     )
     if config.layers_per_stage():
         text += " In later stages patches are larger; the frame is around the one that holds it."
-    if map_grid_per_layer(config) != grids:
+    if list(map_grid_per_layer(config)) != grids:
         text += " A patch sees its own window alone: outside of it the image is dark."
     return Section("What the heads look at", text, pictures)
 
