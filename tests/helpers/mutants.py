@@ -262,6 +262,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "_cait(384, 8, 36, 0.2)",
         "models/test_registry.py::test_layer_scale_of_each_cait_is_timms",
     ),
+    Mutant(
+        "the class token has a learned bias",
+        "models/attention.py",
+        "pad_prefix(position(), num_prefix, 0.0)",
+        "pad_prefix(position(), num_prefix, 1.0)",
+        "models/test_vit.py::test_logits_equal_the_reference[deit_position_bias]",
+    ),
+    Mutant(
+        "a layer more than asked for has a learned bias",
+        "models/vit.py",
+        "layer < config.position_bias_layers",
+        "layer <= config.position_bias_layers",
+        "models/test_vit.py::test_logits_equal_the_reference[deit_position_bias]",
+    ),
+    Mutant(
+        "a learned bias is not that of the kernel's gradient",
+        "models/attention.py",
+        "return self._gain(prior, grid, num_prefix), self._bias(position, grid, num_prefix)",
+        "return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)",
+        "kernels/test_fused.py::test_a_learned_bias_has_xlas_gradient",
+    ),
     # Weights of others.
     Mutant(
         "matrices are not transposed",
@@ -503,6 +524,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "START_AGAIN if current.has_saved else FAILED",
         "START_AGAIN",
         "distributed/test_watchdog.py::test_a_process_that_stands_still_ends_with_its_stacks",
+    ),
+    Mutant(
+        "the average is evaluated twice in the place of the weights",
+        "training/run.py",
+        "[state.best_model, *([state.model] if has_others else [])]",
+        "[state.best_model, *([state.best_model] if has_others else [])]",
+        "test_train.py::test_the_weights_themselves_are_evaluated_beside_their_average",
+    ),
+    Mutant(
+        "an evaluation of the average alone counts as one of both",
+        "train.py",
+        "evaluates = None in found",
+        "evaluates = found[0] is None",
+        "test_train.py::test_the_weights_themselves_are_evaluated_beside_their_average",
     ),
     Mutant(
         "an evaluation that a SIGTERM ended is not made up for",
