@@ -48,8 +48,8 @@ def masked_head() -> np.ndarray:
 def shifted_window() -> np.ndarray:
     """Returns whether a patch [h, w] is left to the query by a shifted window of 4×4, for Swin."""
     height, width = (4 * side for side in GRID)
-    settings = {"depths": (2,), "dim": 6, "window": 4}
-    attention = create_model("swin_t", image_size=(height, width), **settings).blocks[1].attn
+    swin = create_model("swin_t", image_size=(height, width), depths=(2,), dim=6, window=4)
+    attention = swin.blocks[1].attn
     patches = attention.map_patches(GRID)
     ((window, place),) = np.argwhere(patches == QUERY[0] * GRID[1] + QUERY[1])
     allowed = np.isfinite(np.asarray(attention.bias(GRID))[window, 0, place])

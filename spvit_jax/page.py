@@ -143,7 +143,7 @@ def _section(section: Section, name: str) -> str:
 def _figure(picture: Picture) -> str:
     drawing = picture.drawing
     if isinstance(drawing, Mosaic):
-        width = _TILE * len(drawing.columns)
+        width = float(_TILE * len(drawing.columns))
         drawn = _mosaic(drawing, picture.title)
     else:
         width = 6 * drawing.get_figwidth()  # 96 pixels, of which 16 are a rem
