@@ -6,9 +6,6 @@ import os
 
 from tests.helpers import REPOSITORY
 
-# Looking for cycles among millions of objects, which JAX's tracing makes, takes a sixth of the time.
-gc.set_threshold(100_000, 20, 20)
-
 # The one place where environment variables are set: for this process, for the workers of
 # pytest-xdist, and for the commands that tests start. Whatever is compiled is compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "xla"))
@@ -27,6 +24,8 @@ import pytest
 from spvit_jax.data import datasets
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Looking for cycles among the millions of objects of JAX's tracing takes a sixth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 # Each takes minutes: begun last, one of them would keep one worker busy while the others are done.
 SLOWEST = (
