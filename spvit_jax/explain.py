@@ -300,9 +300,9 @@ def main() -> None:
             **chosen,
         )
         _print_scores(result["locality_scores"], result["num_images"])
-        for name in ("similarity.png", "priors.png", "explain.html"):
-            if (folder / name).exists():
-                print(folder / name)
+        if result["priors"]:
+            print(f"learned priors: {folder / 'priors.png'}")
+        print(f"all pictures on one page: {folder / 'explain.html'}")
 
     cli.run(run)
 

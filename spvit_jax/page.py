@@ -54,9 +54,19 @@ dd { margin: 0; overflow-wrap: anywhere; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: 1.6rem; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
+  grid-auto-flow: dense; align-items: start; gap: 1rem; margin-top: 1.1rem;
+}
 figure {
-  margin: 1.1rem 0 0; padding: 1.1rem 1.25rem 1.25rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .75rem;
+  min-width: 0; margin: 0; padding: 1.1rem 1.25rem 1.25rem;
+  background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+}
+figure.wide { grid-column: 1 / -1; }
+code {
+  display: block; margin-top: .6rem; padding: .45rem .7rem; border-radius: .4rem;
+  background: var(--page); font: .84rem/1.5 ui-monospace, Menlo, Consolas, monospace;
+  overflow-wrap: anywhere; user-select: all;
 }
 figcaption { margin-bottom: .9rem; }
 figcaption p { font-size: .92rem; }
@@ -91,6 +101,10 @@ $sections
 """)
 
 
+_HALF = 27  # rem: what is wider has a row of its own
+_TILE = 7  # rem: a tile's width, of which half is the least
+
+
 def render(
     title: str, facts: Mapping[str, str], sections: Sequence[Section], footer: str = ""
 ) -> str:
@@ -122,19 +136,24 @@ def render(
 def _section(section: Section, name: str) -> str:
     figures = "\n".join(_figure(picture) for picture in section.pictures)
     text = f'<p class="soft">{html.escape(section.text)}</p>' if section.text else ""
-    return f'<section id="{name}"><h2>{html.escape(section.title)}</h2>{text}\n{figures}</section>'
+    title = f"<h2>{html.escape(section.title)}</h2>"
+    return f'<section id="{name}">{title}{text}<div class="figures">{figures}</div></section>'
 
 
 def _figure(picture: Picture) -> str:
     drawing = picture.drawing
     if isinstance(drawing, Mosaic):
+        width = float(_TILE * len(drawing.columns))
         drawn = _mosaic(drawing, picture.title)
     else:
+        width = 6 * drawing.get_figwidth()  # 96 pixels, of which 16 are a rem
         drawn = inline_svg(drawing, picture.name)
+    kind = ' class="wide"' if width > _HALF else ""
+    code = f"<code>{html.escape(picture.code)}</code>" if picture.code else ""
     return (
-        f'<figure id="{html.escape(picture.name)}"><figcaption>'
-        f"<h3>{html.escape(picture.title)}</h3><p>{html.escape(picture.meaning)}</p></figcaption>"
-        f'<div class="drawing">{drawn}</div></figure>'
+        f'<figure id="{html.escape(picture.name)}"{kind}><figcaption>'
+        f"<h3>{html.escape(picture.title)}</h3><p>{html.escape(picture.meaning)}</p>{code}"
+        f'</figcaption><div class="drawing">{drawn}</div></figure>'
     )
 
 
@@ -145,9 +164,9 @@ def _mosaic(mosaic: Mosaic, description: str) -> str:
         for labels in (mosaic.columns, mosaic.rows)
     )
     image = mosaic.image()
-    width = max(3.4, min(7.0, 44 / len(mosaic.columns))) * len(mosaic.columns)
+    width = _TILE * len(mosaic.columns)
     return (
-        f'<div class="mosaic" style="min-width:{3.1 * len(mosaic.columns):.1f}rem">'
+        f'<div class="mosaic" style="min-width:{width / 2:.1f}rem">'
         f'<div class="columns">{columns}</div><div class="rows">{rows}</div>'
         f'<img style="width:{width:.1f}rem" src="{_data_url(image)}" '
         f'alt="{html.escape(description)}"></div>'

@@ -2,10 +2,13 @@
 
 import base64
 import dataclasses
+import html
 import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import jax
 import numpy as np
@@ -152,6 +155,54 @@ def test_the_page_needs_nothing_else(explained):
             assert image.mode == "RGBA"
     figures = {attrs.get("id") for tag, attrs in page.tags if tag == "figure"}
     assert figures == {path.stem for path in folder.glob("*.png")}
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+# What a browser has made of a page, as its title.
+PROBE = """<script>addEventListener("load", () => {
+  const body = getComputedStyle(document.body);
+  document.title = JSON.stringify({
+    images: [...document.images].map(image => image.complete && image.naturalWidth),
+    drawings: [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().height),
+    wide: document.documentElement.scrollWidth - innerWidth,
+    colours: [body.color, body.backgroundColor],
+    letters: getComputedStyle(document.querySelector("svg text")).fill,
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name.slice(0, 5)),
+  });
+});</script></body>"""
+
+
+def luminance(colour):
+    """Of a colour as browsers write it, "rgb(20, 23, 27)", by the rules for accessible pages."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    red, green, blue = (x / 12.92 if x <= 0.04 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("explained", ["spvit_s"], indirect=True)
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 1200), ("light", 500)])
+def test_the_page_in_a_browser(explained, scheme, width, tmp_path):
+    """All is drawn, nothing is loaded, nothing sticks out, and letters can be read."""
+    text = (explained[1] / "explain.html").read_text()
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", PROBE))
+    preferred = f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", preferred, f"--window-size={width},900"]
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{page}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", result.stdout, re.DOTALL)[1]
+    seen = json.loads(html.unescape(title))
+    assert seen["images"]
+    assert all(seen["images"])
+    assert len(seen["drawings"]) == 6
+    assert min(seen["drawings"]) > 100
+    assert seen["wide"] <= 0
+    assert not [name for name in seen["loaded"] if name != "data:"]
+    ink, paper = map(luminance, seen["colours"])
+    assert (ink > paper) == (scheme == "dark")
+    assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 7
+    assert seen["letters"] == seen["colours"][0]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -81,10 +82,11 @@ def stride_per_layer(config: ModelConfig) -> list[int]:
     ]
 
 
-def map_grid_per_layer(config: ModelConfig) -> list[Grid]:
+@functools.lru_cache(maxsize=8)
+def map_grid_per_layer(config: ModelConfig) -> tuple[Grid, ...]:
     """Returns the grid that attention spans in each layer: the image's, or in Swin a window's."""
     layers = zip(config.abstract().blocks, config.grid_per_layer(), strict=True)
-    return [block.attn.map_grid(grid) for block, grid in layers]
+    return tuple(block.attn.map_grid(grid) for block, grid in layers)
 
 
 def layer_attention(model: Model, images: jax.Array) -> list[LayerAttention]:

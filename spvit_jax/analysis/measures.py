@@ -91,6 +91,7 @@ def entropy(layer: LayerAttention) -> jax.Array:
     return -xlogy(rows, rows).sum((1, 3, 4)) / layer.num_patches
 
 
+@functools.lru_cache(maxsize=8)
 def images_per_step(config: ModelConfig) -> int:
     """Returns the number of images on a device whose attention maps fit in bounded memory."""
     image = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)

@@ -20,15 +20,15 @@ def head_scores(
     scores: Sequence[np.ndarray],
     label: str,
     *,
-    most: float | None = None,
+    scale: tuple[float, float] | None = None,
     masked: Sequence[Sequence[int]] = (),
 ) -> Figure:
     """Draws a number of each head as a heat map, a column for each layer.
 
     Args:
-      scores: numbers [H] of each layer, at least 0; layers may have different numbers of heads.
+      scores: numbers [H] of each layer; layers may have different numbers of heads.
       label: what the numbers are, with their unit.
-      most: upper end of the scale; the largest number if None.
+      scale: ends of the scale of colours; the smallest and the largest number if None.
       masked: masked heads of each layer, which get a frame.
 
     Returns:
@@ -40,7 +40,8 @@ def head_scores(
     rows, columns = table.shape
     figure = Figure(figsize=(1.9 + 0.42 * columns, 0.9 + 0.36 * rows))
     axes = figure.add_subplot()
-    _heat_map(axes, table, label, 0, np.nanmax(table) if most is None else most)
+    least, most = (np.nanmin(table), np.nanmax(table)) if scale is None else scale
+    _heat_map(axes, table, label, least, most)
     axes.set(xlabel="layer", ylabel="head")
     for layer, heads in enumerate(masked):
         for head in heads:
@@ -57,9 +58,10 @@ def layer_similarity(similarity: np.ndarray, prefix_similarity: np.ndarray) -> F
     What cannot be compared, NaN, is left empty.
     """
     panels = {"all tokens": similarity, "the class token": prefix_similarity}
-    panels = {name: table for name, table in panels.items() if not np.isnan(table).all()}
+    if np.isfinite(prefix_similarity).sum() < 2:  # one layer, at most, has a class token
+        del panels["the class token"]
     side = 1.6 + 0.26 * len(similarity)
-    figure = Figure(figsize=(side * len(panels) + 0.9, side))
+    figure = Figure(figsize=(side * len(panels) + 0.9, side), layout="compressed")
     for index, (name, table) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         _heat_map(axes, table, "cosine" if index == len(panels) - 1 else None, 0, 1)
@@ -72,7 +74,7 @@ def prior_cosines(cosines: PriorCosines) -> Figure:
     """Draws the cosines between all heads' priors; lines part the layers."""
     number = len(cosines.heads)
     side = 1.6 + min(0.34 * number, 7)
-    figure = Figure(figsize=(side + 0.9, side))
+    figure = Figure(figsize=(side + 0.9, side), layout="compressed")
     axes = figure.add_subplot()
     _heat_map(axes, cosines.cosines, "cosine", -1, 1, DIVERGING)
     layers = [layer for layer, _ in cosines.heads]

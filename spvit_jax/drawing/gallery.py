@@ -25,12 +25,14 @@ class Picture(NamedTuple):
       title: what is drawn, in a few words.
       meaning: how to read it, in a sentence or two.
       drawing: the drawing.
+      code: command or argument that belongs to it; empty for none.
     """
 
     name: str
     title: str
     meaning: str
     drawing: Figure | Mosaic
+    code: str = ""
 
 
 class Section(NamedTuple):
@@ -102,7 +104,7 @@ def _on_images(
     )
     if config.layers_per_stage():
         text += " In later stages patches are larger; the frame is around the one that holds it."
-    if map_grid_per_layer(config) != grids:
+    if list(map_grid_per_layer(config)) != grids:
         text += " A patch sees its own window alone: outside of it the image is dark."
     return Section("What the heads look at", text, pictures)
 
@@ -120,12 +122,10 @@ def _locality(explanation: Explanation) -> Section:
     masked = config.masked_per_layer()
     frames = " Frames mark the masked heads of the model." if any(masked) else ""
     if explanation.suggestion is None:
-        advice = " Here the neighbourhood spans the whole grid, so that masks would change nothing."
+        advice, code = " Here that spans the whole grid, and masks would change nothing.", ""
     else:
-        advice = (
-            " MaiT's rule makes of these scores the schedule "
-            f"{masks.as_text(explanation.suggestion)}"
-        )
+        advice = " MaiT's rule makes of these scores a schedule of masked heads:"
+        code = masks.as_text(explanation.suggestion)
     tokens = config.grid[0] * config.grid[1]
     pictures = [
         Picture(
@@ -134,7 +134,8 @@ def _locality(explanation: Explanation) -> Section:
             f"The share of a head's attention that stays within the {rows}×{columns} patches "
             "around the one that looks: 1 for a head that looks nowhere else, near 0 for one that "
             f"looks far away.{frames}{advice}",
-            charts.head_scores(measures.locality, "locality score", most=1, masked=masked),
+            charts.head_scores(measures.locality, "locality score", scale=(0, 1), masked=masked),
+            code,
         ),
         Picture(
             "distance",

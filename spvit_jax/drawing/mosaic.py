@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def figure_of(mosaic: Mosaic, title: str = "") -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if title:
-        axes.set_title(title)
+        axes.set_title(textwrap.fill(title, int(13 * figure.get_figwidth())))
     if mosaic.scale is not None:
         label, name, least, most = mosaic.scale
         scale = mappable(name, least, most)

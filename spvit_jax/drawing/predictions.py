@@ -100,6 +100,7 @@ def figure_of(predictions: Sequence[PredictionOnImage]) -> Figure:
         for axes in (image, attention):
             axes.set_axis_off()
         places = np.arange(len(each.classes))
+        classes.barh(places, np.ones_like(places), height=0.35, color="#ebedf0")
         classes.barh(places, each.probabilities, height=0.35, color="#3d7edb")
         for place, name, probability in zip(places, each.classes, each.probabilities, strict=True):
             text = f"{name}  {100 * probability:.1f}%"

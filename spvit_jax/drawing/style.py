@@ -34,7 +34,6 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
-    "savefig.dpi": 144,
     "svg.fonttype": "none",  # text stays text
     "text.color": INK,
     "xtick.color": INK,
@@ -55,10 +54,10 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def write_png(figure: Figure, path: epath.Path) -> None:
+def write_png(figure: Figure, path: epath.Path, *, dpi: int = 144) -> None:
     """Writes a figure as a PNG file; raises a `WriteError` if it cannot be written."""
     with matplotlib.rc_context(_RC), writing(path), atomic.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def inline_svg(figure: Figure, name: str) -> str:
