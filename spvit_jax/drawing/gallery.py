@@ -87,7 +87,8 @@ def _on_images(
             title = f"{_describe(explanation, each)}: the patch in row {row}, column {column}"
             meaning = "What the framed patch attends to, head by head."
             pictures.append(Picture(name, title, meaning, drawing))
-        with_token = [layer for layer in each.class_token if layers is None or layer in layers]
+        # Layers of class attention, behind the others, are always drawn.
+        with_token = [i for i in each.class_token if i in chosen or i >= len(grids)]
         if with_token:
             drawing = mosaic.of_attention(
                 each.pixels,
