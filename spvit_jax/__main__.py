@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "spvit_jax.predict",
     "explain": "spvit_jax.explain",
     "convert": "spvit_jax.convert",
+    "export": "spvit_jax.export.__main__",
     "preflight": "spvit_jax.preflight.__main__",
     "prepare": "spvit_jax.data.prepare",
     "token-labels": "spvit_jax.data.token_labels.__main__",

@@ -25,13 +25,15 @@ LAYERS = (
     {"training", "data"},
     {"weights"},
     {"preflight"},
-    {"plan"},
+    {"plan", "inference", "class_report"},
+    {"export"},
     {"cli"},
     {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {
+    "export/__main__.py",
     "preflight/__main__.py",
     "data/prepare.py",
     "data/token_labels/__main__.py",

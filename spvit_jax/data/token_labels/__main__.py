@@ -88,8 +88,10 @@ def predicted(
     Raises:
       InputError: the model has no dense head, or its weights cannot be used.
     """
-    model = config_lib.model_settings(config, num_classes=source.num_classes)
-    found, model = weights_lib.find_fitting(path, model, which=which, weights=weights)
+    like = config_lib.model_settings(config, num_classes=source.num_classes)
+    found = weights_lib.find(path, like, which=which, weights=weights)
+    model = found.adopt_layer_kinds(like)
+    found.check(model)
     found.check_class_names(source.class_names, "choose a teacher of the same classes")
     if not getattr(model, "dense_head", False):
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
