@@ -1,7 +1,10 @@
-"""Trains, evaluates and examines vision transformers with spatial priors.
+"""Trains, evaluates, examines and exports vision transformers with spatial priors.
 
-spvit-jax train --config=digits --workdir=runs/digits
-spvit-jax COMMAND --help
+    spvit-jax train --config=digits --workdir=runs/digits
+    spvit-jax list models
+    spvit-jax COMMAND --help
+
+`spvit-jax COMMAND` is `python -m spvit_jax.COMMAND`; `--version` prints the version.
 """
 
 from __future__ import annotations

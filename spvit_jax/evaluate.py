@@ -1,9 +1,9 @@
 """Evaluates weights on a split, each example counted once.
 
-    python -m spvit_jax.evaluate --config=configs/digits.py --checkpoint=runs/digits --json=out.json
+    python -m spvit_jax.evaluate --checkpoint=runs/digits --json=out.json
     python -m spvit_jax.evaluate --config=configs/spvit.py:s,384 --checkpoint=spvit_s.pth.tar
 
-The weights are a workdir of training, a checkpoint, or a file of PyTorch; they are resized to the
+A checkpoint of a run needs no --config: that of the run is taken. Weights are resized to the
 configuration's `model.image_size`, and images are cropped as the model's authors did. The results
 go to the standard output as JSON, and to the file if one is named. --report=DIR writes accuracies
 and confusions by class, as JSON and as pictures.
@@ -110,7 +110,10 @@ def main() -> None:
     """Runs `python -m spvit_jax.evaluate`."""
     config = cli.config_flag()
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir, a checkpoint in it, .pth or .safetensors.", required=True
+        "checkpoint",
+        None,
+        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
+        required=True,
     )
     weights = cli.weights_flags()
     split = flags.DEFINE_string("split", None, "Split of the data set; default data.eval_split.")

@@ -177,7 +177,10 @@ def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag(required=False)
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir, file or hf:OWNER/REPO of the weights.", required=True
+        "checkpoint",
+        None,
+        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
+        required=True,
     )
     output = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
     format = flags.DEFINE_enum("format", None, list(_MODULES), "Format to write.", required=True)
@@ -188,7 +191,7 @@ def main() -> None:
         "platform",
         ["cpu", "cuda", "tpu"],
         PLATFORMS,
-        "Platform that a program of StableHLO or TensorFlow runs on; may be given several times.",
+        "Platform that a program of StableHLO or TensorFlow runs on.",
     )
     weights = cli.weights_flags()
 
