@@ -116,7 +116,7 @@ def test_what_has_to_be_known_is_beside_the_program(exported):
         known = json.loads((exported / "exported" / name / "export.json").read_text())
         assert known["format"] == name
         assert known["images"]["shape"] == ["batch", 16, 24, 3]
-        assert (known["images"]["crop"], known["images"]["interpolation"]) == (0.9, "bicubic")
+        assert (known["images"]["crop"], known["images"]["interpolation"]) == (0.875, "bicubic")
         assert known["class_names"] == list("abcde")
 
 
