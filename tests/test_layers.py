@@ -4,6 +4,7 @@ A part imports parts below it, or of its own; nothing imports upwards, and there
 """
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -74,6 +75,16 @@ def test_imports_run_downwards(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_no_drawers(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_only_data_imports_tensorflow():
+    """And the module that writes TensorFlow's own format."""
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if re.search(r"^\s*(import|from) tensorflow\b", path.read_text(), re.MULTILINE)
+    }
+    assert found == {"data/tensorflow.py", "export/saved_model.py"}
 
 
 def test_only_data_needs_tensorflow():

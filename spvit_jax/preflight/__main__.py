@@ -1,6 +1,6 @@
 """Checks a launch and compiles the run for TPUs that this machine does not have.
 
-    pip install -r requirements-tpu.txt
+    pip install 'spvit_jax[tpu]'
     python -m spvit_jax.preflight --config=configs/spvit.py:l,384 --topology=v5e:16x16 \
         --config.data.batch_size=4096 --json=preflight.json
 
