@@ -63,6 +63,7 @@ def base() -> ConfigDict:
     config.seed = 0  # random seed of the weights, the order of the data and everything else
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
+    config.eval_raw = False  # evaluate the weights themselves too, beside their moving average
 
     # None: JAX_COMPILATION_CACHE_DIR, else in the workdir, or in ~/.cache for commands without one.
     config.compilation_cache = placeholder(str)  # folder that keeps compiled programs, or "off"

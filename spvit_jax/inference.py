@@ -76,10 +76,13 @@ class Inference:
         """Reads the weights onto all devices; raises as `Weights.load`."""
         return self.weights.load(self.model, sharding.make_mesh(-1, 1))
 
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Returns cropped images uint8 [B, height, width, 3] as the model takes them, float32."""
+        return mix.normalize(images, self.config.data.mean, self.config.data.std)
+
     def logits(self, variables: Variables, images: jax.Array) -> jax.Array:
         """Returns the evaluation logits [B, C] of cropped images uint8 [B, height, width, 3]."""
-        normalized = mix.normalize(images, self.config.data.mean, self.config.data.std)
-        return variables.model().outputs(normalized).evaluation_logits()
+        return variables.model().outputs(self.normalize(images)).evaluation_logits()
 
     def class_name(self, number: int) -> str:
         """Returns the name of a class, or its number where names are not known."""

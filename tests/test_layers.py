@@ -24,8 +24,9 @@ LAYERS = (
     {"logs", "config"},
     {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
-    {"weights"},
-    {"preflight"},
+    {"weights", "analysis"},
+    {"drawing"},
+    {"preflight", "page"},
     {"plan", "inference", "class_report"},
     {"export"},
     {"cli"},
@@ -89,7 +90,7 @@ def test_only_data_imports_tensorflow():
 
 def test_only_data_needs_tensorflow():
     """Models, training and the kernels run on a machine that has JAX alone."""
-    parts = ("augment", "distributed", "interop", "models", "training")
+    parts = ("analysis", "augment", "distributed", "interop", "models", "training")
     modules = [
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         for path in FILES

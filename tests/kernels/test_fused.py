@@ -228,6 +228,14 @@ def test_loops_and_remat_change_no_gradient(remat):
     assert_close(looped, expected, 3e-5)
 
 
+def test_a_learned_bias_has_xlas_gradient():
+    _, expected = model_gradients(attention="xla", position_bias_layers=3)
+    names, found = model_gradients(attention="fused_interpret", position_bias_layers=3)
+    assert [name for name, _ in names].count("fused_attention") == 3
+    assert abs(expected["blocks/2/attn/position/table"]).max() > 1e-3
+    assert_close(found, expected, 3e-5)
+
+
 def test_some_steps_of_digits_are_xlas():
     rng = np.random.default_rng(0)
     batch = {
