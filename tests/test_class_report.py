@@ -114,7 +114,7 @@ def test_pictures_show_what_is_most_confused(classes):
         "share": pytest.approx(60 / written["classes"][5]["count"]),
     }
     json.dumps(written, allow_nan=False)
-    pairs, accuracies = texts(report.draw_confusion()), texts(report.draw_classes())
+    pairs, accuracies = texts(report.draw_confusions()), texts(report.draw_accuracies())
     assert "class 5 → class 7" in pairs if classes == 1000 else "60" in pairs
     assert "class 5" in accuracies  # the worst
     assert "class 0" not in accuracies  # without examples
