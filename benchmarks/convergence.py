@@ -18,7 +18,6 @@ from absl import app, flags
 
 from benchmarks import experiment
 from benchmarks.experiment import LONG, SHORT, Records, Variants
-from benchmarks.runs import Record, Run
 
 matplotlib.use("Agg")
 
@@ -90,15 +89,16 @@ def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.convergence`: trains all models, prints the table, draws them."""
     del argv
     runner = experiment.make_runner()
-    records: dict[Run, Record] = {}
-    for steps in SCHEDULES:  # all of the short one comes first
+    for steps in map(int, flags.FLAGS.schedules):
         scheduled = {name: runs for name, runs in VARIANTS.items() if runs[0].steps == steps}
-        records |= experiment.measure(runner, scheduled)
+        experiment.measure(runner, scheduled)
+    records = runner.records()
     experiment.write("convergence", table(VARIANTS, records))
     plot(VARIANTS, records, pathlib.Path(flags.FLAGS.picture))
 
 
 if __name__ == "__main__":
     experiment.define_flags()
+    flags.DEFINE_list("schedules", list(map(str, SCHEDULES)), "Schedules to train, in steps.")
     flags.DEFINE_string("picture", "docs/claims/convergence.png", "File of the picture.")
     app.run(main)

@@ -22,6 +22,7 @@ from tests.helpers import REPOSITORY
 from tests.helpers.commands import (
     CONFIG,
     SMALL,
+    Command,
     assert_same_run,
     command,
     newest_step,
@@ -34,13 +35,7 @@ from tests.helpers.commands import (
 
 
 def start(environment, workdir):
-    return subprocess.Popen(
-        command("train", CONFIG, f"--workdir={workdir}", *SMALL),
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Command(environment, "spvit_jax.train", CONFIG, f"--workdir={workdir}", *SMALL)
 
 
 def run_on_a_terminal(environment, *args):
