@@ -243,7 +243,8 @@ def test_masks_are_suggested_by_the_whole_split(data_dir, tmp_path):
         ({"num_images": 501}, "501 images are asked for, and the split has 500"),
         ({"shown": (500,)}, "there is no image 500: the split has 500; expected 0 to 499"),
         ({"layers": (0, 3)}, "there is no layer 3: the model has 3"),
-        ({"heads": (4,)}, "there is no head 4: the largest layer has 4; expected 0 to 3"),
+        ({"heads": (4,)}, "there is no head 4: the largest layer that is drawn has 4; expected 0"),
+        ({"heads": (2,), "layers": (0, 1)}, "there is no head 2: the largest layer that is drawn"),
         ({"heads": (0, 1, 0)}, "head 0 is named twice"),
     ],
 )

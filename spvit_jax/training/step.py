@@ -184,7 +184,7 @@ def class_step(
     """
     logits = _evaluation_logits(model, batch, settings)
     labels, counted = batch["label"], batch["mask"].astype(jnp.int32)
-    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    best = _most_probable(logits)
     classes = settings.num_classes
     counts = ClassCounts(
         confusion=jnp.zeros((classes, classes), jnp.int32).at[labels, best[:, 0]].add(counted),
@@ -200,10 +200,15 @@ def _evaluation_logits(model: Variables, batch: Batch, settings: StepSettings) -
     return model.model().outputs(images).evaluation_logits()
 
 
+def _most_probable(logits: jax.Array) -> jax.Array:
+    """Returns the numbers int32 [B, 5] of the five most probable classes, or of all fewer."""
+    return jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+
+
 def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
     """Returns the metrics of `eval_step` for logits [B, C]."""
     labels, mask = batch["label"], batch["mask"]
-    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    best = _most_probable(logits)
     if labels.ndim == 1:
         ranked = best == labels[:, None]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
