@@ -52,20 +52,22 @@ def draw(variants: Variants, records: Records, steps: int, axis: Axes, *, raw: b
             axis.fill_between(epochs, *band, color=f"C{index}", alpha=0.2, linewidth=0)
     kind = "weights themselves" if raw else "moving average"
     axis.set(title=f"{steps} steps, {kind}", xlabel="epoch", ylabel="test accuracy in percent")
+    axis.set(ylim=(0, 100), yticks=range(0, 101, 10))
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=8)
 
 
 def plot(variants: Variants, records: Records, path: pathlib.Path) -> None:
-    """Draws all schedules as a PNG file: the moving average above, the weights below."""
+    """Draws a row for each schedule that has been begun as a PNG file: average and weights."""
+    begun = {run.steps for runs in variants.values() for run in runs if run in records}
+    rows = max(len(begun), 1)
     figure, axes = plt.subplots(
-        2, len(SCHEDULES), figsize=(9, 7), sharex="col", sharey=True, layout="constrained"
+        rows, 2, figsize=(9, 4 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for row, raw in zip(axes, (False, True), strict=True):
-        for axis, steps in zip(row, SCHEDULES, strict=True):
+    for row, steps in zip(axes, sorted(begun), strict=False):
+        for axis, raw in zip(row, (False, True), strict=True):
             draw(variants, records, steps, axis, raw=raw)
-    axes[0, 0].set_ylim(70, 100)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

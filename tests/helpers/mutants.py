@@ -276,13 +276,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "layer <= config.position_bias_layers",
         "models/test_vit.py::test_logits_equal_the_reference[deit_position_bias]",
     ),
-    Mutant(
-        "a learned bias is not that of the kernel's gradient",
-        "models/attention.py",
-        "return self._gain(prior, grid, num_prefix), self._bias(position, grid, num_prefix)",
-        "return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)",
-        "kernels/test_fused.py::test_a_learned_bias_has_xlas_gradient",
-    ),
     # Weights of others.
     Mutant(
         "matrices are not transposed",
