@@ -96,7 +96,7 @@ def export(
         raise InputError(f"{output} exists; choose another --output or remove it")
     module = _module(format)
     inference = Inference.of(checkpoint, config, which=which, weights=weights)
-    # "auto" is plain XLA, for any device, on the CPU that traces it. jax2onnx does not know the loops
+    # On the CPU that traces it "auto" is plain XLA, for any device. jax2onnx does not know the loops
     # that compute masked heads at linear cost.
     attention: Implementation = "xla" if format == "onnx" else "auto"
     model = dataclasses.replace(
