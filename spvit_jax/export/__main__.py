@@ -96,8 +96,8 @@ def export(
         raise InputError(f"{output} exists; choose another --output or remove it")
     module = _module(format)
     inference = Inference.of(checkpoint, config, which=which, weights=weights)
-    # On the CPU that traces it "auto" is plain XLA, for any device. jax2onnx does not know the loops
-    # that compute masked heads at linear cost.
+    # On the CPU that traces it "auto" is plain XLA, for any device. jax2onnx does not know the
+    # loops that compute masked heads at linear cost.
     attention: Implementation = "xla" if format == "onnx" else "auto"
     model = dataclasses.replace(
         inference.model, dtype=dtype, attention=attention, scan=False, remat=False
