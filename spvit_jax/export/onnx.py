@@ -1,6 +1,6 @@
 """ONNX by jax2onnx, with the weights inside; it runs wherever onnxruntime does.
 
-jax2onnx requires an older orbax-checkpoint than this package, for its examples alone, so that pip
+jax2onnx requires an older orbax-checkpoint than this package, which it does not import, so that pip
 installs it only without what it requires.
 """
 
