@@ -18,7 +18,6 @@ from absl import app, flags
 
 from benchmarks import experiment
 from benchmarks.experiment import LONG, SHORT, Records, Variants
-from benchmarks.runs import Record, Run
 
 matplotlib.use("Agg")
 
@@ -53,20 +52,22 @@ def draw(variants: Variants, records: Records, steps: int, axis: Axes, *, raw: b
             axis.fill_between(epochs, *band, color=f"C{index}", alpha=0.2, linewidth=0)
     kind = "weights themselves" if raw else "moving average"
     axis.set(title=f"{steps} steps, {kind}", xlabel="epoch", ylabel="test accuracy in percent")
+    axis.set(ylim=(0, 100), yticks=range(0, 101, 10))
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=8)
 
 
 def plot(variants: Variants, records: Records, path: pathlib.Path) -> None:
-    """Draws all schedules as a PNG file: the moving average above, the weights below."""
+    """Draws a row for each schedule that has been begun as a PNG file: average and weights."""
+    begun = {run.steps for runs in variants.values() for run in runs if run in records}
+    rows = max(len(begun), 1)
     figure, axes = plt.subplots(
-        2, len(SCHEDULES), figsize=(9, 7), sharex="col", sharey=True, layout="constrained"
+        rows, 2, figsize=(9, 4 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for row, raw in zip(axes, (False, True), strict=True):
-        for axis, steps in zip(row, SCHEDULES, strict=True):
+    for row, steps in zip(axes, sorted(begun), strict=False):
+        for axis, raw in zip(row, (False, True), strict=True):
             draw(variants, records, steps, axis, raw=raw)
-    axes[0, 0].set_ylim(70, 100)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -90,15 +91,16 @@ def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.convergence`: trains all models, prints the table, draws them."""
     del argv
     runner = experiment.make_runner()
-    records: dict[Run, Record] = {}
-    for steps in SCHEDULES:  # all of the short one comes first
+    for steps in map(int, flags.FLAGS.schedules):
         scheduled = {name: runs for name, runs in VARIANTS.items() if runs[0].steps == steps}
-        records |= experiment.measure(runner, scheduled)
+        experiment.measure(runner, scheduled)
+    records = runner.records()
     experiment.write("convergence", table(VARIANTS, records))
     plot(VARIANTS, records, pathlib.Path(flags.FLAGS.picture))
 
 
 if __name__ == "__main__":
     experiment.define_flags()
+    flags.DEFINE_list("schedules", list(map(str, SCHEDULES)), "Schedules to train, in steps.")
     flags.DEFINE_string("picture", "docs/claims/convergence.png", "File of the picture.")
     app.run(main)

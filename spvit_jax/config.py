@@ -50,6 +50,7 @@ _CHANGEABLE = (
     "stall_timeout",
     "profile",
     "wandb",
+    "writers",
 )
 
 
@@ -152,6 +153,7 @@ def base() -> ConfigDict:
     profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
     profile.steps = 5  # steps in a trace
     config.wandb = placeholder(str)  # project of Weights & Biases to report to as well
+    config.writers = placeholder(str)  # writers that training.writers.register_writer has added
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

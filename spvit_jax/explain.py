@@ -164,8 +164,10 @@ def explain(
     measured = evenly(total, min(_NUM_IMAGES, total) if num_images is None else num_images)
     shown = evenly(total, min(_NUM_SHOWN, total)).tolist() if shown is None else shown
     check_numbers("image", shown, total, "the split")
-    check_numbers("layer", layers or (), len(model.heads_per_layer()), "the model")
-    check_numbers("head", heads or (), max(model.heads_per_layer()), "the largest layer")
+    num_heads = model.heads_per_layer()
+    check_numbers("layer", layers or (), len(num_heads), "the model")
+    drawn = num_heads if layers is None else [num_heads[layer] for layer in layers]
+    check_numbers("head", heads or (), max(drawn), "the largest layer that is drawn")
     queries = default_queries(model) if queries is None else queries
     check_queries(queries, model)
 

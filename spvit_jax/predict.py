@@ -11,10 +11,8 @@ says it, and otherwise it is as in the model's recipe for ImageNet.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,19 +23,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spvit_jax import atomic, cli, paths
-from spvit_jax import config as config_lib
-from spvit_jax import weights as weights_lib
 from spvit_jax.analysis.attention import check_has_attention
 from spvit_jax.analysis.image_maps import last_attention
-from spvit_jax.augment import mix
-from spvit_jax.data import decode
+from spvit_jax.data import decode, folders
 from spvit_jax.data.crops import EvalTransform
 from spvit_jax.drawing.predictions import PredictionOnImage, PredictionPictures
 from spvit_jax.errors import InputError, writing
-from spvit_jax.models import ModelConfig, registered_name
-from spvit_jax.training import sharding
+from spvit_jax.inference import Inference
 from spvit_jax.training.state import Variables
-from spvit_jax.weights import Weights
 
 _BATCH = 32
 
@@ -100,20 +93,14 @@ def predict(
     Raises:
       InputError: the weights cannot be used, a file is no image, or the model has no attention.
     """
-    like = None if config is None else config_lib.model_settings(config, num_classes=1000)
-    found = weights_lib.find(checkpoint, like, which=which, weights=weights)
-    model = _at_size(found.config, like)
-    if config is None:
-        config = _imagenet(model)
-    transform = EvalTransform.of(config, model.image_shape)
-    mean, std = config.data.mean, config.data.std
+    inference = Inference.of(checkpoint, config, which=which, weights=weights)
     if attention:
-        check_has_attention(model.abstract())
-    variables = found.load(model, sharding.make_mesh(-1, 1))
+        check_has_attention(inference.model.abstract())
+    transform, variables = inference.transform, inference.load()
 
     @jax.jit
     def answer(variables: Variables, batch: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        images, module = mix.normalize(batch, mean, std), variables.model()
+        images, module = inference.normalize(batch), variables.model()
         probabilities = jax.nn.softmax(module.outputs(images).evaluation_logits())
         return probabilities, last_attention(module, images) if attention else {}
 
@@ -129,14 +116,14 @@ def predict(
             best = np.argsort(-row, kind="stable")[:top]
             yield Prediction(
                 str(path),
-                tuple(_name(found, number) for number in best),
+                tuple(inference.class_name(number) for number in best),
                 tuple(float(row[number]) for number in best),
                 *(AttentionOnImage(batch[index], each[index], of) for of, each in maps.items()),
             )
 
 
 def find_images(operands: Sequence[str]) -> list[epath.Path]:
-    """Returns the image files that operands name: themselves, and all below folders, by name.
+    """Returns the image files that operands name: themselves, and all below folders.
 
     Raises:
       InputError: there is no such file or folder, or a folder holds no images.
@@ -144,7 +131,7 @@ def find_images(operands: Sequence[str]) -> list[epath.Path]:
     images: list[epath.Path] = []
     for path in map(paths.parse, operands):
         if path.is_dir():
-            below = sorted(each for each in _files_below(path) if decode.is_image(each))
+            below = folders.images_below(path)
             if not below:
                 raise InputError(f"{path} holds no images of {', '.join(decode.FORMATS)}")
             images += below
@@ -153,28 +140,6 @@ def find_images(operands: Sequence[str]) -> list[epath.Path]:
         else:
             raise InputError(f"there is no image {path}")
     return images
-
-
-def _files_below(folder: epath.Path) -> list[epath.Path]:
-    if paths.is_remote(folder):
-        return [folder / name for name in paths.files_below(folder)]
-    return [epath.Path(root) / name for root, _, names in os.walk(folder) for name in names]
-
-
-def _at_size(trained: ModelConfig, like: ModelConfig | None) -> ModelConfig:
-    """Returns the model of the weights, at the image size that a configuration asks for."""
-    if like is None:
-        return trained
-    return dataclasses.replace(trained, image_size=like.image_size)
-
-
-def _imagenet(model: ModelConfig) -> ConfigDict:
-    """Returns the defaults for ImageNet with the evaluation protocol of a model."""
-    config = config_lib.base()
-    name = registered_name(model)
-    if name is not None:
-        config.model.name = name  # otherwise the protocol is that of the default, DeiT
-    return config
 
 
 def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
@@ -187,15 +152,14 @@ def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
         ) from error
 
 
-def _name(found: Weights, number: int) -> str:
-    return str(number) if found.class_names is None else found.class_names[number]
-
-
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag(required=False)
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir, file or hf:OWNER/REPO of the weights.", required=True
+        "checkpoint",
+        None,
+        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
+        required=True,
     )
     top = flags.DEFINE_integer("top", 5, "Classes to print for each image.", lower_bound=1)
     output = flags.DEFINE_string("json", None, "File to write the predictions to.")

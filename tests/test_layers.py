@@ -4,6 +4,7 @@ A part imports parts below it, or of its own; nothing imports upwards, and there
 """
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -26,13 +27,15 @@ LAYERS = (
     {"weights", "analysis"},
     {"drawing"},
     {"preflight", "page"},
-    {"plan"},
+    {"plan", "inference", "class_report"},
+    {"export"},
     {"cli"},
     {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {
+    "export/__main__.py",
     "preflight/__main__.py",
     "data/prepare.py",
     "data/token_labels/__main__.py",
@@ -73,6 +76,16 @@ def test_imports_run_downwards(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_no_drawers(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_only_data_imports_tensorflow():
+    """And the module that writes TensorFlow's own format."""
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if re.search(r"^\s*(import|from) tensorflow\b", path.read_text(), re.MULTILINE)
+    }
+    assert found == {"data/tensorflow.py", "export/saved_model.py"}
 
 
 def test_only_data_needs_tensorflow():

@@ -1,6 +1,8 @@
 """The package as it is installed: the wheel, its command, and what that says of itself."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -32,6 +34,13 @@ def test_what_is_required_is_what_is_tested_with():
 
     pinned = (REPOSITORY / "requirements.txt").read_text().splitlines()
     assert names(PROJECT["project"]["dependencies"]) == names(pinned)
+
+
+def test_extras_that_errors_name_exist():
+    texts = [path.read_text() for path in (REPOSITORY / "spvit_jax").rglob("*.py")]
+    named = {extra for text in texts for extra in re.findall(r"spvit_jax\[(\w+)\]", text)}
+    assert named == {"hub", "onnx", "torch", "tpu", "wandb"}
+    assert named < set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_the_wheel_trains_from_another_folder(environment, data_dir, tmp_path):
@@ -67,15 +76,42 @@ def test_the_wheel_trains_from_another_folder(environment, data_dir, tmp_path):
     assert found.decode().startswith(str(site))
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "token-labels"])
-def test_help_begins_with_the_command_and_its_own_flags(name, environment):
+def test_help_is_in_the_words_of_the_caller(environment):
+    """Examples as the command was called, all of a continued line, and nothing of absl's own."""
+    lines = run(environment, "__main__", "convert", "--help").stdout.splitlines()
+    first = "    spvit-jax convert --arch=spvit_s --input=spvit_s.pth.tar --output=weights/384 \\"
+    assert lines[lines.index(first) + 1] == "        --image_size=384"
+    (required,) = [line for line in lines if line.startswith("  --input ")]
+    assert required.endswith("hf:OWNER/REPO. Required.")
+    said = run(environment, "__main__", "export", "--help").stdout
+    assert "May be given several times. Default: cpu, cuda, tpu." in " ".join(said.split())
+    assert "repeat this option" not in said
+    said = run(environment, "__main__", "evaluate", "--help").stdout
+    assert "\n    spvit-jax evaluate --config=spvit:s,384 --checkpoint=spvit_s.pth.tar\n" in said
+    said = run(environment, "__main__", "token-labels", "--help").stdout
+    assert "\n    spvit-jax token-labels pack --dataset=imagenet2012 --labels=DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        *[("train", "workdir"), ("evaluate", "report"), ("predict", "top"), ("explain", "output")],
+        *[("convert", "arch"), ("export", "format"), ("preflight", "topology")],
+        *[("prepare", "dataset"), ("list", None)],
+    ],
+)
+def test_help_begins_with_the_command_and_its_own_flags(name, own, environment):
     module = COMMANDS[name].removeprefix("spvit_jax.").removesuffix(".__main__")
     lines = run(environment, module, "--help").stdout.splitlines()
     assert lines[0].startswith(f"usage: python -m spvit_jax.{module} ")
     assert any(line.startswith("    ") and name in line for line in lines), "an example"
+    assert not any("spvit_jax.cli" in line or "absl" in line for line in lines)
+    if own is None:
+        assert "flags:" not in lines
+        return
     flags = [line.split()[0] for line in lines[lines.index("flags:") + 1 :] if "  --" in line]
     assert "--config" not in flags[1:]
-    assert not any("spvit_jax.cli" in line or "absl" in line for line in lines)
+    assert f"--{own}" in itertools.takewhile(lambda flag: flag != "--import", flags)
 
 
 def test_the_command_names_what_it_knows(environment):

@@ -125,6 +125,7 @@ def measure(
 
     Raises:
       InputError: there is no image.
+      FloatingPointError: attention is not finite numbers.
     """
     step = jax.jit(on_mesh(mesh, _batch_sums, normalize=normalize))
     totals: dict[str, Any] | None = None
@@ -136,7 +137,14 @@ def measure(
     count = 0 if totals is None else int(totals.pop("count"))
     if totals is None or not count:
         raise InputError("there are no images to measure attention on; expected at least one")
-    return Measures(**jax.tree.map(lambda total: total / count, totals), num_images=count)
+    measures = Measures(**jax.tree.map(lambda total: total / count, totals), num_images=count)
+    broken = [i for i, scores in enumerate(measures.entropy) if not np.isfinite(scores).all()]
+    if broken:
+        raise FloatingPointError(
+            f"attention in layer {broken[0]} is not finite numbers; look at the weights, at "
+            "data.mean and data.std, or set model.dtype=float32"
+        )
+    return measures
 
 
 def _batch_sums(

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from spvit_jax.analysis.priors import PriorCosines
 from spvit_jax.drawing.style import DIVERGING, INK, SEQUENTIAL, styled
@@ -46,7 +47,8 @@ def head_scores(
     for layer, heads in enumerate(masked):
         for head in heads:
             corner = layer - 0.42, head - 0.42
-            frame = Rectangle(corner, 0.84, 0.84, fill=False, edgecolor="#ffffff", linewidth=1.3)
+            frame = Rectangle(corner, 0.84, 0.84, fill=False, edgecolor="#ffffff", linewidth=1.2)
+            frame.set_path_effects([withStroke(linewidth=3, foreground="#000000")])
             axes.add_patch(frame)
     return figure
 

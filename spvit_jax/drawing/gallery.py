@@ -57,63 +57,11 @@ def gallery(
       heads: heads that are drawn there; all if None.
     """
     return [
-        _on_images(explanation, layers, heads),
         _locality(explanation),
         _priors(explanation),
         _similarity(explanation),
+        _on_images(explanation, layers, heads),
     ]
-
-
-def _on_images(
-    explanation: Explanation, layers: Sequence[int] | None, heads: Sequence[int] | None
-) -> Section:
-    config = explanation.config
-    grids = config.grid_per_layer()
-    pictures = []
-    for each in explanation.images:
-        chosen = range(len(grids)) if layers is None else layers
-        for number, (row, column) in enumerate(explanation.queries):
-            places = {
-                layer: divmod(patch_at(row, column, config.grid, grids[layer]), grids[layer][1])
-                for layer in chosen
-            }
-            drawing = mosaic.of_attention(
-                each.pixels,
-                {f"layer {layer}": each.patches[layer][number] for layer in chosen},
-                queries={f"layer {layer}": place for layer, place in places.items()},
-                heads=heads,
-            )
-            name = f"attention_{each.index}_patch_{row}_{column}"
-            title = f"{_describe(explanation, each)}: the patch in row {row}, column {column}"
-            meaning = "What the framed patch attends to, head by head."
-            pictures.append(Picture(name, title, meaning, drawing))
-        with_token = [layer for layer in each.class_token if layers is None or layer in layers]
-        if with_token:
-            drawing = mosaic.of_attention(
-                each.pixels,
-                {f"layer {layer}": each.class_token[layer] for layer in with_token},
-                heads=heads,
-            )
-            name, title = f"attention_{each.index}_class", _describe(explanation, each)
-            meaning = "What the class token attends to, in the layers that have one."
-            pictures.append(Picture(name, f"{title}: the class token", meaning, drawing))
-    text = (
-        "Each square is one head of one layer, over the image in grey. The brighter a patch, the "
-        "more attention it gets; each square has a scale of its own, from nothing to its largest "
-        "weight. Rows and columns of patches count from 0, at the top left."
-    )
-    if config.layers_per_stage():
-        text += " In later stages patches are larger; the frame is around the one that holds it."
-    if list(map_grid_per_layer(config)) != grids:
-        text += " A patch sees its own window alone: outside of it the image is dark."
-    return Section("What the heads look at", text, pictures)
-
-
-def _describe(explanation: Explanation, image: ImageMaps) -> str:
-    best = int(image.probabilities.argmax())
-    answer = f"predicted {explanation.class_name(best)}, {100 * image.probabilities[best]:.1f}%"
-    label = "" if image.label is None else f"class {explanation.class_name(image.label)}, "
-    return f"Image {image.index} ({label}{answer})"
 
 
 def _locality(explanation: Explanation) -> Section:
@@ -217,3 +165,56 @@ def _similarity(explanation: Explanation) -> Section:
         charts.layer_similarity(measures.similarity, measures.prefix_similarity),
     )
     return Section("How alike the layers are", "", [picture])
+
+
+def _on_images(
+    explanation: Explanation, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> Section:
+    config = explanation.config
+    grids = config.grid_per_layer()
+    pictures = []
+    for each in explanation.images:
+        chosen = range(len(grids)) if layers is None else layers
+        for number, (row, column) in enumerate(explanation.queries):
+            places = {
+                layer: divmod(patch_at(row, column, config.grid, grids[layer]), grids[layer][1])
+                for layer in chosen
+            }
+            drawing = mosaic.of_attention(
+                each.pixels,
+                {f"layer {layer}": each.patches[layer][number] for layer in chosen},
+                queries={f"layer {layer}": place for layer, place in places.items()},
+                heads=heads,
+            )
+            name = f"attention_{each.index}_patch_{row}_{column}"
+            title = f"{_describe(explanation, each)}: the patch in row {row}, column {column}"
+            meaning = "What the framed patch attends to, head by head."
+            pictures.append(Picture(name, title, meaning, drawing))
+        # Layers of class attention, behind the others, are always drawn.
+        with_token = [i for i in each.class_token if i in chosen or i >= len(grids)]
+        if with_token:
+            drawing = mosaic.of_attention(
+                each.pixels,
+                {f"layer {layer}": each.class_token[layer] for layer in with_token},
+                heads=heads,
+            )
+            name, title = f"attention_{each.index}_class", _describe(explanation, each)
+            meaning = "What the class token attends to, in the layers that have one."
+            pictures.append(Picture(name, f"{title}: the class token", meaning, drawing))
+    text = (
+        "Each square is one head of one layer, over the image in grey. The brighter a patch, the "
+        "more attention it gets; each square has a scale of its own, from nothing to its largest "
+        "weight. Rows and columns of patches count from 0, at the top left."
+    )
+    if config.layers_per_stage():
+        text += " In later stages patches are larger; the frame is around the one that holds it."
+    if list(map_grid_per_layer(config)) != grids:
+        text += " A patch sees its own window alone: outside of it the image is dark."
+    return Section("What the heads look at", text, pictures)
+
+
+def _describe(explanation: Explanation, image: ImageMaps) -> str:
+    best = int(image.probabilities.argmax())
+    answer = f"predicted {explanation.class_name(best)}, {100 * image.probabilities[best]:.1f}%"
+    label = "" if image.label is None else f"class {explanation.class_name(image.label)}, "
+    return f"Image {image.index} ({label}{answer})"

@@ -13,9 +13,9 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import Self
 
 import jax
 from clu import parameter_overview
@@ -29,27 +29,13 @@ from spvit_jax.errors import writing
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import sharding
+from spvit_jax.training import sharding, writers
 from spvit_jax.training.profile import Profiler
 from spvit_jax.training.run import TrainingRun
 from spvit_jax.training.state import Metrics, means
-from spvit_jax.training.tensorboard import EventFile
 from spvit_jax.training.timeline import INPUT, REPORT, STEP, Timeline, spread
 from spvit_jax.training.utilization import peak_images_per_second
-from spvit_jax.training.wandb_writer import WandbWriter
-
-
-class MetricWriter(Protocol):
-    """Place for a run's metrics; writers of clu are such ones."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
-        """Writes the values of a step."""
-
-    def flush(self) -> None:
-        """Puts what has been written where it survives this machine."""
-
-    def close(self) -> None:
-        """Ends writing."""
+from spvit_jax.training.writers import MetricWriter
 
 
 def summarize(run: TrainingRun) -> None:
@@ -138,13 +124,6 @@ class Reporter:
     ) -> Self:
         """Returns the reporter of a training run, with the writers that its configuration names."""
         config = run.config
-
-        def open_writers() -> Iterator[MetricWriter]:
-            with writing(workdir):
-                yield EventFile(workdir)
-            if config.wandb:
-                yield WandbWriter(workdir, config.wandb, config.to_dict())
-
         return cls(
             workdir,
             timeline,
@@ -154,7 +133,7 @@ class Reporter:
             batch_size=config.data.batch_size,
             full_speed=peak_images_per_second(run.model, run.mesh),
             evaluates=evaluates,
-            open_writers=lambda: list(open_writers()),
+            open_writers=lambda: list(writers.open_all(workdir, config)),
         )
 
     def __enter__(self) -> Self:

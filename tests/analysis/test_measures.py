@@ -178,6 +178,14 @@ def test_means_do_not_depend_on_the_batches(mesh):
         measure(variables, [], mesh, lambda x: x)
 
 
+def test_weights_that_are_not_finite(mesh):
+    variables = random_variables("deit_ti", **SMALL, depth=1)
+    variables.params["blocks"][0]["attn"]["qkv"]["kernel"].set_value(jnp.full((12, 36), jnp.nan))
+    images = np.zeros((8, 24, 24, 3), np.float32)
+    with pytest.raises(FloatingPointError, match="attention in layer 0 is not finite"):
+        measure(variables, batches_of(images, 8), mesh, lambda x: x)
+
+
 def test_memory_is_bounded():
     """At 384 pixels DeiT-S has 12 maps of 6 heads of 577² weights: 92 MiB for an image."""
     assert images_per_step(model_config("deit_s", image_size=384)) == 2

@@ -39,24 +39,20 @@ def runner(tmp_path, one_core):
 
 
 def test_the_real_command_is_run_once(tmp_path, one_core, data_dir, capfd):
-    """Of two seeds, which differ; what is recorded is what the command has written."""
+    """What is recorded is what the command has written, and it trained what was asked for."""
     runner = Runner(tmp_path / "runs", tmp_path / "runs.jsonl")
-    changes = (*TINY, f"data.data_dir={data_dir}", "data.train_size=100")
-    runs = [Run("vit", seed, 2, changes) for seed in (0, 1)]
-    records = runner.measure(runs)
-    assert list(records) == runs
-    for run, record in records.items():
-        evaluations = [line for line in records_of(runner.output / run.folder) if len(line) > 6]
-        assert [line["step"] for line in evaluations] == list(record.steps) == [1, 2]
-        assert tuple(line["eval/top1"] for line in evaluations) == record.top1
-        assert tuple(line["eval_raw/top1"] for line in evaluations) == record.raw
-    config = json.loads((runner.output / runs[1].folder / "config.json").read_text())
+    run = Run("vit,100", 1, 2, (*TINY, f"data.data_dir={data_dir}"))
+    records = runner.measure([run])
+    folder = runner.output / run.folder
+    evaluations = [line for line in records_of(folder) if "eval/top1" in line]
+    assert [line["step"] for line in evaluations] == list(records[run].steps) == [1, 2]
+    assert tuple(line["eval/top1"] for line in evaluations) == records[run].top1
+    assert tuple(line["eval_raw/top1"] for line in evaluations) == records[run].raw
+    config = json.loads((folder / "config.json").read_text())
     assert (config["seed"], config["model"]["dim"], config["data"]["train_size"]) == (1, 12, 100)
-    losses = [records_of(runner.output / run.folder)[0]["eval/loss"] for run in runs]
-    assert losses[0] != losses[1]
 
     capfd.readouterr()
-    assert runner.measure(runs) == records
+    assert runner.measure([run]) == records
     assert capfd.readouterr().out == ""
     with pytest.raises(RuntimeError, match=r"model.dim=13.*what it said is at the end of .*log"):
         runner.measure([Run("vit", 0, 2, ("model.dim=13",))])

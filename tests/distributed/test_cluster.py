@@ -266,7 +266,7 @@ def test_evaluation_counts_each_example_once(environment, alone, tmp_path):
     """500 examples in batches of 96: the last has 20, all of them of the first process."""
     output = tmp_path / "result.json"
     args = [*SETTINGS, f"--checkpoint={alone}", "--config.data.eval_batch_size=96"]
-    args += [f"--json={output}", "--split=test"]
+    args += [f"--json={output}", "--split=test", f"--report={tmp_path}/report"]
     said = run_cluster(environment, 2, "spvit_jax.evaluate", *args)
     assert said.count('"top1"') == 1
     results = json.loads(output.read_text())
@@ -275,6 +275,9 @@ def test_evaluation_counts_each_example_once(environment, alone, tmp_path):
     assert results["top1"] == pytest.approx(expected["eval/top1"])
     assert results["top5"] == pytest.approx(expected["eval/top5"])
     assert results["loss"] == pytest.approx(expected["eval/loss"], rel=1e-5)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["count"] == sum(map(sum, report["confusion"])) == 500
+    assert report["top1"] == pytest.approx(expected["eval/top1"])
 
 
 def test_several_processes_learn_from_token_labels_what_one_does(environment, alone, tmp_path):

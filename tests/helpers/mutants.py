@@ -276,13 +276,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "layer <= config.position_bias_layers",
         "models/test_vit.py::test_logits_equal_the_reference[deit_position_bias]",
     ),
-    Mutant(
-        "a learned bias is not that of the kernel's gradient",
-        "models/attention.py",
-        "return self._gain(prior, grid, num_prefix), self._bias(position, grid, num_prefix)",
-        "return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)",
-        "kernels/test_fused.py::test_a_learned_bias_has_xlas_gradient",
-    ),
     # Weights of others.
     Mutant(
         "matrices are not transposed",
@@ -735,6 +728,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "    elif _URL.match(text):",
         "    elif text == _URL.pattern:",
         "test_paths.py::test_other_schemes_are_refused",
+    ),
+    # Export, and the report by class.
+    Mutant(
+        "padding counts in the confusion matrix",
+        "training/step.py",
+        'batch["label"], batch["mask"].astype(jnp.int32)',
+        'batch["label"], jnp.ones_like(batch["label"])',
+        "test_class_report.py::test_the_report_is_scikit_learns",
+    ),
+    Mutant(
+        "the confusion matrix has classes in columns",
+        "training/step.py",
+        "at[labels, best[:, 0]]",
+        "at[best[:, 0], labels]",
+        "test_class_report.py::test_the_report_is_scikit_learns",
+    ),
+    Mutant(
+        "precision is of the images of the class",
+        "class_report.py",
+        "_share(self._right, self._predicted)",
+        "_share(self._right, self._count)",
+        "test_class_report.py::test_the_report_is_scikit_learns",
+    ),
+    Mutant(
+        "images without a data set are normalised by the mean alone",
+        "inference.py",
+        "self.config.data.mean, self.config.data.std)",
+        "self.config.data.mean, (1.0, 1.0, 1.0))",
+        "export/test_export.py::test_programs_give_the_models_logits_without_the_package",
+    ),
+    Mutant(
+        "a SavedModel takes its weights in the opposite order",
+        "export/saved_model.py",
+        "for weights in program.weights.values()",
+        "for weights in reversed(program.weights.values())",
+        "export/test_export.py::test_programs_give_the_models_logits_without_the_package",
     ),
     # What heads do.
     Mutant(
