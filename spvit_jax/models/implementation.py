@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from spvit_jax.errors import InputError
-from spvit_jax.kernels import fused
+from spvit_jax.kernels import fused, fused_local
+from spvit_jax.kernels.local import Grid, Radius
 from spvit_jax.kernels.plan import Plan
 
 Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
 
 _KERNELS = ("local", "fused", "fused_interpret")
-# Number of tokens from which masked heads are faster by `kernels.local`: on CPUs as measured by
-# `benchmarks.local_attention`, elsewhere where the N×N scores begin to fill the memory.
+# Number of tokens from which masked heads are faster at linear cost: on CPUs as measured by
+# `benchmarks.local_attention`; elsewhere about where, on a TPU v5e, the bundles of `fused_local`
+# for a head become fewer than those of `fused` (576 tokens take both about a microsecond).
 _LOCAL_FROM = {"cpu": 150}
 _LOCAL_FROM_ELSEWHERE = 700
 
@@ -64,6 +66,22 @@ def is_local(requested: Implementation, num_tokens: int) -> bool:
     if requested == "auto":
         return num_tokens >= _LOCAL_FROM.get(platform(), _LOCAL_FROM_ELSEWHERE)
     return requested == "local"
+
+
+def runs_fused_local(
+    grid: Grid, num_prefix: int, radius: Radius, head_dim: int, dtype: jax.typing.DTypeLike
+) -> bool:
+    """Returns whether local heads without a learned gain run as a kernel for TPUs.
+
+    Args:
+      grid: rows and columns of patches.
+      num_prefix: number of prefix tokens.
+      radius: (rows, columns) of the neighbourhood.
+      head_dim: width d of a head.
+      dtype: dtype of the computation.
+    """
+    known = not num_prefix and fused_local.supports(grid, radius, head_dim, dtype)
+    return known and platform() == "tpu"
 
 
 def platform() -> str:
