@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks import markdown
 from spvit_jax.preflight import report
 
 # Config files, each with its model and pixels in the table, the most important first.
@@ -33,7 +34,7 @@ RECIPES = {
 # Topologies, each with the batch size where it is not the recipe's.
 TOPOLOGIES = {"v5e:4x4": None, "v6e:4x4": None, "v5p:2x2x2": None, "v5e:16x16": 4096}
 PAIRS = [(recipe, topology) for topology in TOPOLOGIES for recipe in RECIPES]
-MARKS = "<!-- table -->", "<!-- end of the table -->"
+MARKS = "<!-- table -->", "<!-- end of the table -->"  # in the Markdown file
 GIB = 2**30
 
 
@@ -124,19 +125,12 @@ def table(folder: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def write(text: str, path: pathlib.Path) -> None:
-    """Writes a table between the marks in a Markdown file."""
-    before, _, rest = path.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
-
-
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.preflight`: makes missing files, and the table after each."""
     del argv
     folder, target = pathlib.Path(flags.FLAGS.output), pathlib.Path(flags.FLAGS.table)
     folder.mkdir(parents=True, exist_ok=True)
-    write(table(folder), target)
+    markdown.replace_between(MARKS, table(folder), target)
     if flags.FLAGS.table_only:
         return
     for recipe, topology in PAIRS:
@@ -153,7 +147,7 @@ def main(argv: list[str]) -> None:
         print(f"exit code {code}", flush=True)
         if partial.exists():
             partial.replace(path)
-        write(table(folder), target)
+        markdown.replace_between(MARKS, table(folder), target)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,61 @@
 """Measures the accuracy gained by token labels of a teacher that is trained here, on digits.
 
-    python -m benchmarks.token_labels --output=runs/token_labels
+    python -m benchmarks.token_labels
 
 For each of five seeds: a teacher with a dense head is trained on the digits, it labels the tokens
 of the training images, and two students of its kind are trained with MixToken, one with these
 labels and one with the images' own for every token. Prints the test accuracy after the last step,
-mean ± standard error over the seeds. Runs that are complete are not repeated.
+mean ± standard error over the seeds.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import json
 import pathlib
 
-from absl import app, flags
+from absl import app
 
-from benchmarks import runs
+from benchmarks import experiment
+from benchmarks.runs import Run, Runner
 
-SEEDS = (0, 1, 2, 3, 4)
 STEPS = 640  # training steps of 64 images
-CONFIG = "--config=configs/digits.py:model=spvit"
-STUDENTS = ("with token labels", "without")
-
-Run = tuple[str, int]  # "teacher" or the kind of student, seed
+MIX_TOKEN = ("augment.mix_token=True", "augment.mix_group_size=16")
 
 
-def accuracy(output: pathlib.Path, run: Run, core: int) -> float:
-    """Trains a teacher, which then labels tokens, or a student; returns the test accuracy."""
-    kind, seed = run
-    labels = output / f"labels-{seed}.npy"
-    args = [CONFIG, f"--config.seed={seed}"]
-    if kind != "teacher":
-        args += ["--config.augment.mix_token=True", "--config.augment.mix_group_size=16"]
-    if kind == "with token labels":
-        args.append(f"--config.token_labels.path={labels}")
-    workdir = output / f"{kind.replace(' ', '-')}-{seed}"
-    value = runs.train(args, workdir, STEPS, core)
-    if kind == "teacher" and not labels.exists():
-        arguments = [CONFIG, f"--checkpoint={workdir}", f"--output={labels}"]
-        runs.command("data.token_labels", ["make", *arguments], core)
-    return value
+def student(teacher: Run, labels: pathlib.Path) -> Run:
+    """Returns the run of a student that learns from a file of labels."""
+    changes = (*MIX_TOKEN, f"token_labels.path={labels}")
+    return Run(teacher.recipe, teacher.seed, STEPS, changes)
+
+
+def make_labels(runner: Runner, teacher: Run, labels: pathlib.Path) -> None:
+    """Labels the tokens of the training images by a trained teacher, unless that is done."""
+    if not labels.exists():
+        arguments = [f"--config=configs/digits.py:{teacher.recipe}", f"--output={labels}"]
+        arguments.append(f"--checkpoint={runner.trained(teacher)}")
+        runner.command("data.token_labels.__main__", ["make", *arguments])
 
 
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.token_labels`: trains all models, prints and writes the table."""
     del argv
-    output = pathlib.Path(flags.FLAGS.output)
-    output.mkdir(parents=True, exist_ok=True)
-    train = functools.partial(accuracy, output)
-    results = runs.measure([("teacher", seed) for seed in SEEDS], train)
-    results |= runs.measure(list(itertools.product(STUDENTS, SEEDS)), train)
-    rows = [{"model": kind, "seed": seed, "top1": v} for (kind, seed), v in results.items()]
-    (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    lines = ["| | top-1 |", "|---|---|"]
-    for kind in ("teacher", *STUDENTS):
-        values = [results[kind, seed] for seed in SEEDS]
-        lines.append(f"| {kind} | {runs.mean_and_error(values)} |")
-    (output / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    runner = experiment.make_runner()
+    teachers = experiment.seeds("spvit", steps=STEPS)
+    labels = {teacher: runner.output / f"{teacher.folder}.npy" for teacher in teachers}
+    variants = {
+        "teacher": teachers,
+        "with token labels": [student(teacher, labels[teacher]) for teacher in teachers],
+        "without": experiment.seeds("spvit", *MIX_TOKEN, steps=STEPS),
+    }
+    trained = runner.measure(teachers)
+    missing = [
+        teacher for teacher in trained if student(teacher, labels[teacher]) not in runner.records()
+    ]
+    runner.each(lambda teacher: make_labels(runner, teacher, labels[teacher]), missing)
+    students = [student(teacher, labels[teacher]) for teacher in trained]
+    records = trained | runner.measure([*students, *variants["without"]])
+    experiment.write("token_labels", experiment.table(variants, records, base="without"))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", "runs/token_labels", "Folder of the runs and of their results.")
+    experiment.define_flags()
     app.run(main)

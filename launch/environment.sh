@@ -3,6 +3,8 @@
 #
 #     source launch/environment.sh requirements.txt
 #
+# The packages of a second file are installed without what they require themselves.
+#
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -42,5 +44,8 @@ if [[ ! -e $stamp ]]; then
   echo "installing $1 (about two minutes)"
   # pip asks rustc, if there is one, for its version, and that writes its settings.
   RUSTUP_HOME="$XDG_CACHE_HOME/rustup" .venv/bin/python -m pip install --quiet -r "$1"
+  if [[ -n ${2-} ]]; then
+    .venv/bin/python -m pip install --quiet --no-deps -r "$2"
+  fi
   touch "$stamp"
 fi

@@ -12,7 +12,7 @@ config=configs/digits.py
 .venv/bin/python -m spvit_jax.evaluate --config=$config --checkpoint=$run --json=$run/test.json
 .venv/bin/python -m spvit_jax.explain --config=$config --checkpoint=$run --output=$run/explained
 
-echo "learned spatial priors: $PWD/$run/explained/priors.png"
+echo "what its heads do: $PWD/$run/explained/explain.html"
 .venv/bin/python -c "
 import json
 result = json.load(open('$run/test.json'))

@@ -1,7 +1,10 @@
-"""Trains, evaluates and examines vision transformers with spatial priors.
+"""Trains, evaluates, examines and exports vision transformers with spatial priors.
 
-spvit-jax train --config=digits --workdir=runs/digits
-spvit-jax COMMAND --help
+    spvit-jax train --config=digits --workdir=runs/digits
+    spvit-jax list models
+    spvit-jax COMMAND --help
+
+`spvit-jax COMMAND` is `python -m spvit_jax.COMMAND`; `--version` prints the version.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ COMMANDS = {
     "predict": "spvit_jax.predict",
     "explain": "spvit_jax.explain",
     "convert": "spvit_jax.convert",
+    "export": "spvit_jax.export.__main__",
     "preflight": "spvit_jax.preflight.__main__",
     "prepare": "spvit_jax.data.prepare",
     "token-labels": "spvit_jax.data.token_labels.__main__",

@@ -83,7 +83,7 @@ def _parse(argv: list[str], module: ModuleType, operands: str = "") -> list[str]
     if "--version" in argv[1:]:
         print(f"spvit_jax {spvit_jax.__version__}")
         sys.exit()
-    path = _config_file(argv)
+    path = None
     try:
         argv = _with_recipe_files(argv)
         path = _config_file(argv)
@@ -212,7 +212,9 @@ def config_flag(*, required: bool = True) -> Getter[ConfigDict]:
     """Defines --config; returns a function for its value, to be called after parsing."""
     holder = config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
     flags.DEFINE_multi_string(
-        "import", [], "Module of one's own that registers models, data sets or losses."
+        "import",
+        [],
+        "Module of one's own that registers models, data sets, losses or writers of metrics.",
     )
     if required:
         flags.mark_flag_as_required("config")

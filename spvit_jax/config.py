@@ -50,6 +50,7 @@ _CHANGEABLE = (
     "stall_timeout",
     "profile",
     "wandb",
+    "writers",
 )
 
 
@@ -62,6 +63,7 @@ def base() -> ConfigDict:
     config.seed = 0  # random seed of the weights, the order of the data and everything else
     config.log_every = "50 steps"  # interval over which training metrics are averaged and written
     config.eval_every = "1 epoch"  # interval of evaluations on data.eval_split; a checkpoint each
+    config.eval_raw = False  # evaluate the weights themselves too, beside their moving average
 
     # None: JAX_COMPILATION_CACHE_DIR, else in the workdir, or in ~/.cache for commands without one.
     config.compilation_cache = placeholder(str)  # folder that keeps compiled programs, or "off"
@@ -151,6 +153,7 @@ def base() -> ConfigDict:
     profile.start = placeholder(int)  # steps after which a trace begins; None: where asked for
     profile.steps = 5  # steps in a trace
     config.wandb = placeholder(str)  # project of Weights & Biases to report to as well
+    config.writers = placeholder(str)  # writers that training.writers.register_writer has added
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

@@ -171,10 +171,12 @@ def _describe(model: ModelConfig) -> str:
 
 def main() -> None:
     """Runs `python -m spvit_jax.convert`."""
-    arch = flags.DEFINE_string("arch", None, "Name of the model; see list_models().")
+    arch = flags.DEFINE_string(
+        "arch", None, "Name of the model; `spvit-jax list models` prints them."
+    )
     config = cli.config_flag(required=False)
     source = flags.DEFINE_string(
-        "input", None, ".pth, .pth.tar or .safetensors file, workdir, or checkpoint.", required=True
+        "input", None, "Workdir, a checkpoint, a file of PyTorch, or hf:OWNER/REPO.", required=True
     )
     output = flags.DEFINE_string(
         "output",
@@ -186,9 +188,11 @@ def main() -> None:
     hub_format = flags.DEFINE_bool(
         "hub_format", False, "With --reverse: write a folder that timm loads, with a model card."
     )
-    names = flags.DEFINE_enum("names", "authors", DIALECTS, "Whose names a file of PyTorch has.")
+    names = flags.DEFINE_enum(
+        "names", "authors", DIALECTS, "With --reverse: whose names arrays have."
+    )
     size = flags.DEFINE_string("image_size", None, "Pixels, 384 or HEIGHTxWIDTH; default as it is.")
-    classes = flags.DEFINE_integer("num_classes", None, "Replace a head of another class count.")
+    classes = flags.DEFINE_integer("num_classes", None, "Number of classes of a new head.")
     weights = cli.weights_flags()
 
     def run() -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 from absl import flags
 
 _WIDTH = 96
+_REQUIRED = re.compile(r"Flag --(\w+) must have a value other than None")  # absl's words
 _MORE = (
     "Every field of the configuration is a flag too, --config.optim.lr=1e-3; "
     "`spvit-jax list fields` prints them, `spvit-jax list configs` the recipes."
@@ -37,21 +38,41 @@ def text(argv: list[str], module: ModuleType, operands: str = "") -> str:
       module: module of the command, whose docstring has an example.
       operands: what stands for the arguments that are no flags, such as "IMAGE…".
     """
+    command = program(argv, module)
     own = _flags_of(module.__name__)
     shared = _flags_of("spvit_jax.cli")
     config = [flag for flag in shared if flag.name == "config"]
     rest = [flag for flag in shared if flag.name != "config"]
-    usage = " ".join([program(argv, module), *([operands] if operands else []), "[--FLAG=VALUE …]"])
-    described = "\n".join(_describe(flag) for flag in [*config, *own, *rest])
-    parts = [f"usage: {usage}", (module.__doc__ or "").strip(), f"flags:\n{described}"]
+    usage = " ".join([command, *([operands] if operands else []), "[--FLAG=VALUE …]"])
+    parts = [f"usage: {usage}", description(command, module)]
+    if described := [_describe(flag) for flag in [*config, *own, *rest]]:
+        parts.append("\n".join(["flags:", *described]))
     if config:
         parts.append(textwrap.fill(_MORE, _WIDTH))
     return "\n\n".join(parts) + "\n"
 
 
+def description(command: str, module: ModuleType) -> str:
+    """Returns a module's docstring with its examples as the user calls the command.
+
+    Args:
+      command: words that start it, as `program` returns them.
+      module: module of the command.
+    """
+    doc = (module.__doc__ or "").strip()
+    # Of a line that is continued, Python has joined the parts.
+    doc = re.sub(r"(?<=\S) {8,}(?=\S)", " \\\n        ", doc)
+    if command.startswith("python "):
+        return doc
+    spec = getattr(module, "__spec__", None)
+    name = module.__name__ if spec is None else spec.name
+    doc = doc.replace(f"python -m {name.removesuffix('.__main__')}", command)
+    return re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", doc)
+
+
 def missing_flags(error: Exception) -> str | None:
     """Returns the line for required flags that were not given; None for another error."""
-    names = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+    names = _REQUIRED.findall(str(error))
     if not names:
         return None
     given = " and ".join(f"--{name}" for name in dict.fromkeys(names))
@@ -67,9 +88,15 @@ def _describe(flag: flags.Flag) -> str:
     """Returns a flag with its help, wrapped in two columns."""
     is_bool = flag.flag_type() == "bool"
     name = f"  --[no]{flag.name}" if is_bool else f"  --{flag.name}"
-    meaning = flag.help or ""
+    # absl adds a line to the help of flags that take several values.
+    meaning, several, _ = (flag.help or "").partition(";\n    repeat this option")
+    if several:
+        meaning += " May be given several times."
+    if any(_REQUIRED.match(validator.message) for validator in flag.validators):
+        meaning += " Required."
     if flag.default not in (None, False, [], ""):
-        meaning += f" Default: {flag.default}."
+        default = flag.default
+        meaning += f" Default: {', '.join(default) if isinstance(default, list) else default}."
     lines = textwrap.wrap(meaning, _WIDTH - 26) or [""]
     first = f"{name:<24}  {lines[0]}" if len(name) <= 24 else f"{name}\n{'':26}{lines[0]}"
     return "\n".join([first, *(f"{'':26}{line}" for line in lines[1:])])

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from spvit_jax import classes, distributed, paths
@@ -34,12 +35,12 @@ from spvit_jax.logs import log
 from spvit_jax.models import ModelConfig
 from spvit_jax.models.implementation import check_platform
 from spvit_jax.models.resize import check_classes
-from spvit_jax.training import checkpoint, optimizer, sharding, wandb_writer
+from spvit_jax.training import checkpoint, optimizer, sharding, writers
 from spvit_jax.training import run as run_lib
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.run import DataSize, TrainingRun
 from spvit_jax.training.state import Metrics, TrainState, Variables
-from spvit_jax.training.step import StepSettings, eval_step
+from spvit_jax.training.step import ClassCounts, StepSettings, class_step, eval_step
 from spvit_jax.weights import Weights
 
 
@@ -102,6 +103,7 @@ class EvaluationPlan:
       source: examples of the split, whose classes have the weights' numbers.
       mesh: mesh of the devices.
       eval_step: `step.eval_step` of (variables, batch), jitted.
+      class_step: `step.class_step` of (variables, batch), jitted.
     """
 
     config: ConfigDict
@@ -110,6 +112,7 @@ class EvaluationPlan:
     source: Source
     mesh: Mesh
     eval_step: Callable[[Variables, Any], Metrics]
+    class_step: Callable[[Variables, Any], tuple[Metrics, ClassCounts]]
 
     @property
     def num_batches(self) -> int:
@@ -152,7 +155,7 @@ def training(config: ConfigDict, workdir: epath.Path) -> TrainingPlan:
     """
     check_names(config)
     check_paths(config)
-    wandb_writer.check_installed(config.wandb)
+    writers.check(config)
     splits = datasets.open_splits(config.data, seed=config.seed)
     label_maps = open_label_maps(config, splits.whole)
     size = DataSize(
@@ -246,8 +249,18 @@ def evaluation(
     found.check(model)
     check_platform(model.attention, sharding.platform(mesh))
     settings = StepSettings.of(config, num_classes=source.num_classes)
-    step = jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings))
-    return EvaluationPlan(config, model, found, source, mesh, step)
+    return EvaluationPlan(
+        config,
+        model,
+        found,
+        source,
+        mesh,
+        eval_step=jax.jit(sharding.on_mesh(mesh, eval_step, settings=settings)),
+        class_step=jax.jit(
+            sharding.on_mesh(mesh, class_step, settings=settings),
+            out_shardings=NamedSharding(mesh, P()),  # each process has the whole table
+        ),
+    )
 
 
 def check_names(config: ConfigDict) -> None:

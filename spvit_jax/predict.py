@@ -2,6 +2,7 @@
 
     python -m spvit_jax.predict photo.jpg photos/ --checkpoint=runs/pets
     python -m spvit_jax.predict photo.jpg --checkpoint=hf:timm/deit_small_patch16_224.fb_in1k
+    python -m spvit_jax.predict photo.jpg --checkpoint=runs/pets --picture=attention.png
 
 A folder stands for all images below it. The model, its classes, and how images are cropped and
 normalised are those of the run that the checkpoint belongs to; where that is not known, --config
@@ -10,10 +11,8 @@ says it, and otherwise it is as in the model's recipe for ImageNet.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,18 +23,30 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spvit_jax import atomic, cli, paths
-from spvit_jax import config as config_lib
-from spvit_jax import weights as weights_lib
-from spvit_jax.augment import mix
-from spvit_jax.data import decode
+from spvit_jax.analysis.attention import check_has_attention
+from spvit_jax.analysis.image_maps import last_attention
+from spvit_jax.data import decode, folders
 from spvit_jax.data.crops import EvalTransform
+from spvit_jax.drawing.predictions import PredictionOnImage, PredictionPictures
 from spvit_jax.errors import InputError, writing
-from spvit_jax.models import ModelConfig, registered_name
-from spvit_jax.training import sharding
+from spvit_jax.inference import Inference
 from spvit_jax.training.state import Variables
-from spvit_jax.weights import Weights
 
 _BATCH = 32
+
+
+class AttentionOnImage(NamedTuple):
+    """Attention of a model's last layer on an image.
+
+    Attributes:
+      pixels: image uint8 [height, width, 3] as the model sees it.
+      weights: weight [H, h, w] of each patch.
+      meaning: words for what the weights are.
+    """
+
+    pixels: np.ndarray
+    weights: np.ndarray
+    meaning: str
 
 
 class Prediction(NamedTuple):
@@ -45,11 +56,17 @@ class Prediction(NamedTuple):
       path: path of the image.
       classes: names of the classes, or their numbers where names are not known.
       probabilities: probability of each, the softmax of the model's evaluation logits.
+      attention: where the model looks, if that was asked for.
     """
 
     path: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    attention: AttentionOnImage | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Returns the prediction for JSON."""
+        return {name: value for name, value in self._asdict().items() if name != "attention"}
 
 
 def predict(
@@ -60,6 +77,7 @@ def predict(
     which: str = "best",
     weights: str = "auto",
     top: int = 5,
+    attention: bool = False,
 ) -> Iterator[Prediction]:
     """Yields the likeliest classes of images, in their order.
 
@@ -70,23 +88,21 @@ def predict(
       which: checkpoint of a workdir, as in `weights.find`.
       weights: "model", "ema" or "auto", as in `weights.find`.
       top: number of classes for each image.
+      attention: whether to return where the model looks, too.
 
     Raises:
-      InputError: the weights cannot be used, or a file is no image.
+      InputError: the weights cannot be used, a file is no image, or the model has no attention.
     """
-    like = None if config is None else config_lib.model_settings(config, num_classes=1000)
-    found = weights_lib.find(checkpoint, like, which=which, weights=weights)
-    model = _at_size(found.config, like)
-    if config is None:
-        config = _imagenet(model)
-    transform = EvalTransform.of(config, model.image_shape)
-    mean, std = config.data.mean, config.data.std
-    variables = found.load(model, sharding.make_mesh(-1, 1))
+    inference = Inference.of(checkpoint, config, which=which, weights=weights)
+    if attention:
+        check_has_attention(inference.model.abstract())
+    transform, variables = inference.transform, inference.load()
 
     @jax.jit
-    def probabilities(variables: Variables, batch: jax.Array) -> jax.Array:
-        logits = variables.model().outputs(mix.normalize(batch, mean, std)).evaluation_logits()
-        return jax.nn.softmax(logits)
+    def answer(variables: Variables, batch: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        images, module = inference.normalize(batch), variables.model()
+        probabilities = jax.nn.softmax(module.outputs(images).evaluation_logits())
+        return probabilities, last_attention(module, images) if attention else {}
 
     for start in range(0, len(images), _BATCH):
         part = images[start : start + _BATCH]
@@ -94,17 +110,20 @@ def predict(
         # One shape, so that one program is compiled; a few images are a smaller batch.
         size = min(_BATCH, 2 ** math.ceil(math.log2(len(images))))
         padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        for path, row in zip(part, np.asarray(probabilities(variables, padded)), strict=False):
+        probabilities, maps = jax.device_get(answer(variables, padded))
+        for index, path in enumerate(part):
+            row = probabilities[index]
             best = np.argsort(-row, kind="stable")[:top]
             yield Prediction(
                 str(path),
-                tuple(_name(found, number) for number in best),
+                tuple(inference.class_name(number) for number in best),
                 tuple(float(row[number]) for number in best),
+                *(AttentionOnImage(batch[index], each[index], of) for of, each in maps.items()),
             )
 
 
 def find_images(operands: Sequence[str]) -> list[epath.Path]:
-    """Returns the image files that operands name: themselves, and all below folders, by name.
+    """Returns the image files that operands name: themselves, and all below folders.
 
     Raises:
       InputError: there is no such file or folder, or a folder holds no images.
@@ -112,7 +131,7 @@ def find_images(operands: Sequence[str]) -> list[epath.Path]:
     images: list[epath.Path] = []
     for path in map(paths.parse, operands):
         if path.is_dir():
-            below = sorted(each for each in _files_below(path) if decode.is_image(each))
+            below = folders.images_below(path)
             if not below:
                 raise InputError(f"{path} holds no images of {', '.join(decode.FORMATS)}")
             images += below
@@ -121,28 +140,6 @@ def find_images(operands: Sequence[str]) -> list[epath.Path]:
         else:
             raise InputError(f"there is no image {path}")
     return images
-
-
-def _files_below(folder: epath.Path) -> list[epath.Path]:
-    if paths.is_remote(folder):
-        return [folder / name for name in paths.files_below(folder)]
-    return [epath.Path(root) / name for root, _, names in os.walk(folder) for name in names]
-
-
-def _at_size(trained: ModelConfig, like: ModelConfig | None) -> ModelConfig:
-    """Returns the model of the weights, at the image size that a configuration asks for."""
-    if like is None:
-        return trained
-    return dataclasses.replace(trained, image_size=like.image_size)
-
-
-def _imagenet(model: ModelConfig) -> ConfigDict:
-    """Returns the defaults for ImageNet with the evaluation protocol of a model."""
-    config = config_lib.base()
-    name = registered_name(model)
-    if name is not None:
-        config.model.name = name  # otherwise the protocol is that of the default, DeiT
-    return config
 
 
 def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
@@ -155,18 +152,23 @@ def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
         ) from error
 
 
-def _name(found: Weights, number: int) -> str:
-    return str(number) if found.class_names is None else found.class_names[number]
-
-
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag(required=False)
     path = flags.DEFINE_string(
-        "checkpoint", None, "Workdir, file or hf:OWNER/REPO of the weights.", required=True
+        "checkpoint",
+        None,
+        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
+        required=True,
     )
     top = flags.DEFINE_integer("top", 5, "Classes to print for each image.", lower_bound=1)
     output = flags.DEFINE_string("json", None, "File to write the predictions to.")
+    picture = flags.DEFINE_string(
+        "picture",
+        None,
+        "FILE.png for a picture of all images with the last layer's attention laid over them, or "
+        "a folder for one of each.",
+    )
     weights = cli.weights_flags()
 
     def run(*operands: str) -> None:
@@ -174,14 +176,27 @@ def main() -> None:
             raise InputError("expected images to classify, or folders of some; see --help")
         target = paths.parse_output(output.value) if output.value else None
         images = find_images(operands)
+        pictures = None
+        if picture.value:
+            pictures = PredictionPictures(paths.parse_output(picture.value), images)
         results: list[dict[str, Any]] = []
         for found in predict(
-            images, paths.parse(path.value), config=config(), top=top.value, **weights()
+            images,
+            paths.parse(path.value),
+            config=config(),
+            top=top.value,
+            attention=pictures is not None,
+            **weights(),
         ):
             print(found.path)
             for name, probability in zip(found.classes, found.probabilities, strict=True):
                 print(f"  {100 * probability:5.1f}%  {name}", flush=True)
-            results.append(found._asdict())
+            results.append(found.record())
+            if pictures is not None and found.attention is not None:
+                shown = found.path, found.classes, found.probabilities, *found.attention
+                pictures.add(PredictionOnImage(*shown))
+        if pictures is not None:
+            pictures.finish()
         if target is not None:
             with writing(target):
                 atomic.write_text(target, json.dumps(results, indent=2) + "\n")

@@ -102,17 +102,21 @@ def train(config: ConfigDict, workdir: epath.Path, *, dry_run: bool = False) -> 
                 if run.evaluates_at(step):
                     state_lib.check_finite(state)
                     with timeline.phase(EVALUATION):
-                        results = evaluate(
-                            run.eval_step,
-                            state.best_model,
-                            plan.eval_batches(),
-                            run.mesh,
-                            progress=timeline.tick,
-                            stops=interrupt.requested,
-                        )
-                    evaluates = results is None
-                    if results:
-                        reporter.evaluation(results)
+                        found = [
+                            evaluate(
+                                run.eval_step,
+                                model,
+                                plan.eval_batches(),
+                                run.mesh,
+                                progress=timeline.tick,
+                                stops=interrupt.requested,
+                            )
+                            for model in run.evaluated(state)
+                        ]
+                    evaluates = None in found
+                    if not evaluates:
+                        results, *_ = found
+                        reporter.evaluation(*filter(None, found))
 
                 if results or step % config.checkpoint.every == 0:
                     state_lib.check_finite(state, run.finite_leaves(state))

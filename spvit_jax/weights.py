@@ -160,7 +160,7 @@ class Weights:
 
         def make(arrays: Mapping[str, jax.Array]) -> Variables:
             adapted = adapt(arrays, self.config, model, self.where, new_head=new_head)
-            return map_named(lambda name, _: adapted[_name_in_model(name)], like)
+            return with_arrays(like, adapted)
 
         arrays = {name: jnp.asarray(array) for name, array in self.read(mesh, preset).items()}
         with warnings.catch_warnings():
@@ -192,42 +192,50 @@ def find(
       InputError: there are no such weights, they cannot be read, or they are of another model.
     """
     if isinstance(source, Mapping):
-        where = "the state dict"
-        found = unwrap(source, where, weights=weights)
-        if found.changes:
-            log.warning("note: %s: %s", where, "; ".join(found.changes))
-        if found.has_average:
-            _log_which(where, found.is_average, found.has_average)
-        arrays = as_arrays(found.tensors, where)
-        return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
-
+        return _in_state_dict(source, like, weights)
     if hub.is_name(source):
         source = epath.Path(hub.download(str(source)))
     # A workdir may have been exported into itself.
     if checkpoint.newest(source) is not None or not files.is_file_of_weights(source):
-        directory = checkpoint.find(source, which=which)
-        taken, has_average = checkpoint.choose(directory, weights)
-        _log_which(directory, taken == "ema", has_average)
-        fields = checkpoint.model_of(directory)
-        config = _known(like if fields is None else from_dict(fields, source), source)
+        return _in_checkpoint(checkpoint.find(source, which=which), like, weights)
+    return _in_file(source, like, weights)
 
-        def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
-            shapes, _ = abstract_variables(config, mesh, preset)
-            variables = checkpoint.load_variables(directory, shapes, weights=taken)
-            return arrays_of(variables)
 
-        names = checkpoint.class_names_of(directory)
-        return Weights(str(directory), config, read, taken == "ema", class_names=names)
+def _in_state_dict(tree: Mapping[str, Any], like: ModelConfig | None, weights: str) -> Weights:
+    where = "the state dict"
+    found = unwrap(tree, where, weights=weights)
+    if found.changes:
+        log.warning("note: %s: %s", where, "; ".join(found.changes))
+    if found.has_average:
+        _log_which(where, found.is_average, found.has_average)
+    arrays = as_arrays(found.tensors, where)
+    return _of_torch(arrays, _known(like, where), where, is_average=found.is_average)
 
+
+def _in_checkpoint(directory: epath.Path, like: ModelConfig | None, weights: str) -> Weights:
+    taken, has_average = checkpoint.choose(directory, weights)
+    _log_which(directory, taken == "ema", has_average)
+    fields = checkpoint.model_of(directory)
+    config = _known(like if fields is None else from_dict(fields, directory), directory)
+
+    def read(mesh: Mesh, preset: str) -> Mapping[str, Any]:
+        shapes, _ = abstract_variables(config, mesh, preset)
+        return arrays_of(checkpoint.load_variables(directory, shapes, weights=taken))
+
+    names = checkpoint.class_names_of(directory)
+    return Weights(str(directory), config, read, taken == "ema", class_names=names)
+
+
+def _in_file(path: epath.Path, like: ModelConfig | None, weights: str) -> Weights:
     if like is None:
-        like = timm_folder.architecture_of(source if source.is_dir() else source.parent)
-    contents = files.read(source, weights=weights)
-    _log_which(source, contents.is_average, contents.has_average)
-    config = _known(like if contents.note is None else from_dict(contents.note, source), source)
+        like = timm_folder.architecture_of(path if path.is_dir() else path.parent)
+    contents = files.read(path, weights=weights)
+    _log_which(path, contents.is_average, contents.has_average)
+    config = _known(like if contents.note is None else from_dict(contents.note, path), path)
     return _of_torch(
         contents.state_dict,
         config,
-        str(source),
+        str(path),
         is_average=contents.is_average,
         holds_grid=contents.note is not None,
     )
@@ -292,29 +300,6 @@ def _rebuild(model: Model, config: ModelConfig) -> None:
     vars(model).update(vars(other))
 
 
-def find_fitting(
-    path: epath.Path, model: ModelConfig, *, which: str = "best", weights: str = "auto"
-) -> tuple[Weights, ModelConfig]:
-    """Finds weights for a model, whose kinds of layers become those of the weights.
-
-    Args:
-      path: file or folder of the weights, as in `find`.
-      model: configuration of the model.
-      which: checkpoint of a workdir, as in `find`.
-      weights: "model", "ema" or "auto", as in `find`.
-
-    Returns:
-      The weights, and the configuration for which `load` can be called.
-
-    Raises:
-      InputError: as `find` and `Weights.check`.
-    """
-    found = find(path, model, which=which, weights=weights)
-    model = found.adopt_layer_kinds(model)
-    found.check(model)
-    return found, model
-
-
 def _log_which(where: object, is_average: bool, has_average: bool) -> None:
     if is_average:
         text = "its moving average is taken; --weights=model takes the weights themselves"
@@ -328,6 +313,11 @@ def _log_which(where: object, is_average: bool, has_average: bool) -> None:
 def arrays_of(variables: Variables) -> dict[str, Any]:
     """Returns the arrays of variables by name, as `naming.arrays_of` does those of a model."""
     return {_name_in_model(name): leaf for name, leaf in named_leaves(variables).items()}
+
+
+def with_arrays(variables: Variables, arrays: Mapping[str, Any]) -> Variables:
+    """Returns variables with other arrays, by the names of `arrays_of`."""
+    return map_named(lambda name, _: arrays[_name_in_model(name)], variables)
 
 
 def _kinds_of_layers(model: ModelConfig) -> tuple[int, int] | None:

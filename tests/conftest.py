@@ -1,5 +1,6 @@
 """Eight simulated devices, programs that compile fast, and the data set that all tests share."""
 
+import gc
 import logging
 import os
 
@@ -13,6 +14,8 @@ os.environ |= {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time of most tests
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Another halving: XLA's older emitters, and one module for LLVM rather than 32.
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 }
 
 import jax
@@ -21,6 +24,8 @@ import pytest
 from spvit_jax.data import datasets
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Looking for cycles among the millions of objects of JAX's tracing takes a sixth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 # Each takes minutes: begun last, one of them would keep one worker busy while the others are done.
 SLOWEST = (

@@ -3,8 +3,6 @@ converted in a bucket, to the same bits as on a disk."""
 
 import json
 import os
-import signal
-import subprocess
 
 from etils import epath
 
@@ -12,7 +10,7 @@ from spvit_jax import config as config_lib
 from spvit_jax.training import checkpoint
 from tests.helpers import REPOSITORY
 from tests.helpers.bucket import serving
-from tests.helpers.commands import assert_same_run, command, run, wait_until
+from tests.helpers.commands import Command, assert_same_run, run, wait_until
 
 CONFIG = [
     "--config=configs/digits.py:vit",
@@ -35,14 +33,9 @@ def test_the_whole_journey(tmp_path):
         run(environment, "data.prepare", "--dataset=digits", f"--data_dir={bucket}/data")
         config = [*CONFIG, f"--config.data.data_dir={bucket}/data"]
 
-        process = subprocess.Popen(
-            command("train", *config, f"--workdir={there}"),
-            cwd=REPOSITORY,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
+        process = Command(environment, "spvit_jax.train", *config, f"--workdir={there}")
         wait_until(lambda: checkpoint.newest(there) is not None, process)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         stopped = checkpoint.newest(there)
         assert stopped < 12

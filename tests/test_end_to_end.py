@@ -22,6 +22,7 @@ from tests.helpers import REPOSITORY
 from tests.helpers.commands import (
     CONFIG,
     SMALL,
+    Command,
     assert_same_run,
     command,
     newest_step,
@@ -34,13 +35,7 @@ from tests.helpers.commands import (
 
 
 def start(environment, workdir):
-    return subprocess.Popen(
-        command("train", CONFIG, f"--workdir={workdir}", *SMALL),
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Command(environment, "spvit_jax.train", CONFIG, f"--workdir={workdir}", *SMALL)
 
 
 def run_on_a_terminal(environment, *args):
@@ -219,6 +214,7 @@ def test_explain_draws_the_priors(environment, reference, tmp_path):
         *(f"--checkpoint={reference}", "--weights=ema", f"--output={tmp_path}"),
     )
     assert "priors.png" in result.stdout
+    assert (tmp_path / "explain.html").exists()
     for name in ("priors.png", "similarity.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     explained = json.loads((tmp_path / "explain.json").read_text())
@@ -227,6 +223,16 @@ def test_explain_draws_the_priors(environment, reference, tmp_path):
     scores = np.array(explained["locality_scores"])
     assert scores.shape == (2, 3)
     assert ((scores > 0) & (scores < 1)).all()
+
+
+def test_explain_suggests_masks(environment, reference):
+    """As the last line, an argument that a run takes as it stands there."""
+    chosen = (f"--checkpoint={reference}", "--suggest_masks", "--images=40")
+    result = run(environment, "explain", CONFIG, *SMALL, *chosen)
+    *scores, argument = result.stdout.splitlines()
+    assert scores[0].endswith("40 images")
+    assert len(scores) == 3
+    assert re.fullmatch(r"--config\.model\.masked_heads='\(\(\d, \(.*\)\),?\)'", argument)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +244,7 @@ def test_explain_draws_the_priors(environment, reference, tmp_path):
         ("evaluate", ["--checkpoint={tmp}"], "neither a workdir nor a checkpoint"),
         ("evaluate", ["--checkpoint={reference}", *SMALL, "--step=77"], "its steps are"),
         ("evaluate", ["--checkpoint={reference}"], "is of another model. Missing: "),
+        ("explain", ["--checkpoint={reference}"], "--output must be given, or --suggest_masks"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

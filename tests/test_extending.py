@@ -57,6 +57,12 @@ def test_the_example_trains_and_evaluates(mine, environment, tmp_path):
         args = [arg.replace("runs/stripes", str(tmp_path / "run")) for arg in args]
         result = run(found, name, *args, *QUICK)
     assert json.loads(result.stdout)["count"] == 64
+    # The writer was given what the records have.
+    rows = [row.split("\t") for row in (tmp_path / "run" / "metrics.tsv").read_text().splitlines()]
+    written = {(int(step), name): float(value) for step, name, value in rows}
+    for record in records_of(tmp_path / "run"):
+        step = record.pop("step")
+        assert record == {name: written[step, name] for name in record}
     # Binary cross-entropy is summed over two classes: above 1, where cross-entropy is ln 2 or so.
     losses_seen = [r["train/loss"] for r in records_of(tmp_path / "run") if "train/loss" in r]
     assert losses_seen[0] > 1
@@ -67,6 +73,17 @@ def test_a_module_that_is_not_there_is_one_line(environment):
     result = run(environment, "train", *args, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --import=nowhere: No module named 'nowhere'; expected")
+
+
+def test_unknown_writer(mine, environment, tmp_path):
+    args = ("--import=mine", "--config=digits", f"--workdir={tmp_path}/run")
+    found = environment | {"PYTHONPATH": str(mine)}
+    result = run(found, "train", *args, "--config.writers=tabel", check=False)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: unknown writer 'tabel' in config.writers; did you mean 'table'?; --import=MODULE "
+        "names the module that registers it\n",
+    )
 
 
 def test_unknown_loss():

@@ -2,15 +2,14 @@
 
 import json
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 
 from spvit_jax.data import imagenet
 from spvit_jax.data.token_labels.store import LabelMaps
-from tests.helpers import REPOSITORY, archives
-from tests.helpers.commands import assert_same_run, command, records_of, run, wait_until
+from tests.helpers import archives
+from tests.helpers.commands import Command, assert_same_run, records_of, run, wait_until
 
 STEPS = 8  # two epochs of 32 images
 SMALL = [
@@ -75,9 +74,7 @@ def test_the_run_is_that_of_the_recipe(reference):
 
 def test_killed_and_started_again_it_is_the_same(reference, data, labels, environment, tmp_path):
     args = [*STUDENT, data, labels, f"--workdir={tmp_path / 'run'}"]
-    process = subprocess.Popen(
-        command("train", *args), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL
-    )
+    process = Command(environment, "spvit_jax.train", *args)
     saved = tmp_path / "run" / "checkpoints" / "3"
     wait_until(saved.exists, process)
     process.kill()

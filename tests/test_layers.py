@@ -4,6 +4,7 @@ A part imports parts below it, or of its own; nothing imports upwards, and there
 """
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -23,15 +24,18 @@ LAYERS = (
     {"logs", "config"},
     {"compilation_cache", "recipes", "augment", "interop"},
     {"training", "data"},
-    {"weights"},
-    {"preflight"},
-    {"plan"},
+    {"weights", "analysis"},
+    {"drawing"},
+    {"preflight", "page"},
+    {"plan", "inference", "class_report"},
+    {"export"},
     {"cli"},
     {"train", "evaluate", "predict", "explain", "convert", "catalog"},
     {"__main__"},
 )
 # Commands that live beside what they are about.
 COMMANDS = {
+    "export/__main__.py",
     "preflight/__main__.py",
     "data/prepare.py",
     "data/token_labels/__main__.py",
@@ -74,9 +78,19 @@ def test_files_are_no_drawers(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_only_data_imports_tensorflow():
+    """And the module that writes TensorFlow's own format."""
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if re.search(r"^\s*(import|from) tensorflow\b", path.read_text(), re.MULTILINE)
+    }
+    assert found == {"data/tensorflow.py", "export/saved_model.py"}
+
+
 def test_only_data_needs_tensorflow():
     """Models, training and the kernels run on a machine that has JAX alone."""
-    parts = ("augment", "distributed", "interop", "models", "training")
+    parts = ("analysis", "augment", "distributed", "interop", "models", "training")
     modules = [
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         for path in FILES

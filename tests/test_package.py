@@ -1,6 +1,7 @@
 """The package as it is installed: the wheel, its command, and what that says of itself."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -34,6 +35,13 @@ def test_what_is_required_is_what_is_tested_with():
     assert names(PROJECT["project"]["dependencies"]) == names(pinned)
 
 
+def test_extras_that_errors_name_exist():
+    texts = [path.read_text() for path in (REPOSITORY / "spvit_jax").rglob("*.py")]
+    named = {extra for text in texts for extra in re.findall(r"spvit_jax\[(\w+)\]", text)}
+    assert named == {"hub", "onnx", "torch", "tpu", "wandb"}
+    assert named < set(PROJECT["project"]["optional-dependencies"])
+
+
 def test_the_wheel_trains_from_another_folder(environment, data_dir, tmp_path):
     """Installed where the checkout is not: the command, a recipe by its name, a checkpoint."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -65,6 +73,24 @@ def test_the_wheel_trains_from_another_folder(environment, data_dir, tmp_path):
     where = "import spvit_jax; print(spvit_jax.__file__)"
     found = subprocess.check_output([sys.executable, "-c", where], cwd=here, env=installed)
     assert found.decode().startswith(str(site))
+
+
+def test_help_is_in_the_words_of_the_caller(environment):
+    """Examples as the command was called, all of a continued line, and nothing of absl's own."""
+    lines = run(environment, "__main__", "convert", "--help").stdout.splitlines()
+    first = "    spvit-jax convert --arch=spvit_s --input=spvit_s.pth.tar --output=weights/384 \\"
+    assert lines[lines.index(first) + 1] == "        --image_size=384"
+    (required,) = [line for line in lines if line.startswith("  --input ")]
+    assert required.endswith("hf:OWNER/REPO. Required.")
+    said = run(environment, "__main__", "export", "--help").stdout
+    assert "May be given several times. Default: cpu, cuda, tpu.\n" in " ".join(
+        said.split(" " * 26)
+    )
+    assert "repeat this option" not in said
+    said = run(environment, "__main__", "evaluate", "--help").stdout
+    assert "\n    spvit-jax evaluate --config=spvit:s,384 --checkpoint=spvit_s.pth.tar\n" in said
+    said = run(environment, "__main__", "token-labels", "--help").stdout
+    assert "\n    spvit-jax token-labels pack --dataset=imagenet2012 --labels=DIR" in said
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "token-labels"])

@@ -9,6 +9,8 @@ from etils import epath
 from PIL import Image
 
 from spvit_jax import plan
+from spvit_jax.augment import mix
+from spvit_jax.drawing.predictions import PredictionOnImage, PredictionPictures
 from spvit_jax.errors import InputError
 from spvit_jax.models.initializers import CountedRngs
 from spvit_jax.predict import find_images, predict
@@ -79,13 +81,51 @@ def test_the_command(environment, weights, photographs, tmp_path):
     """Without a configuration: the checkpoint knows its model and its classes."""
     image = photographs / "test" / "dark" / "00.png"
     output = tmp_path / "out.json"
-    args = (image, f"--checkpoint={weights}", "--top=1", f"--json={output}")
+    picture = tmp_path / "out.png"
+    args = (image, f"--checkpoint={weights}", "--top=1", f"--json={output}", f"--picture={picture}")
     lines = run(environment, "predict", *args).stdout.splitlines()
     assert lines[0] == str(image)
     assert lines[1].split()[1] in ("dark", "light")
     (record,) = json.loads(output.read_text())
     assert record["path"] == str(image)
     assert lines[1].split()[0] == f"{100 * record['probabilities'][0]:.1f}%"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_attention_is_that_of_the_class_token(config, weights, photographs):
+    """In a model of one layer, row 0 of its attention, on the patches."""
+    images = find_images([str(photographs / "test")])[:2]
+    found = list(predict(images, weights, config=config, attention=True))
+    model = plan.evaluation(config, weights).load().model()
+    for prediction in found:
+        pixels, attention, meaning = prediction.attention
+        assert meaning == "what the class token attends to in layer 0"
+        normalised = mix.normalize(pixels[None], config.data.mean, config.data.std)
+        (expected,) = model.attention_maps(normalised)
+        expected = np.asarray(expected.weights)[0, :, 0, 1:].reshape(3, 6, 6)
+        np.testing.assert_allclose(attention, expected, rtol=1e-5)
+        assert prediction.record().keys() == {"path", "classes", "probabilities"}
+
+
+def test_pictures(config, weights, photographs, tmp_path):
+    """All images in one file, or each in one of its own; two of one name have two."""
+    images = [*find_images([str(photographs / "test")])[:2]] * 2
+    found = list(predict(images, weights, config=config, top=2, attention=True))
+    shown = [PredictionOnImage(*each[:3], *each.attention) for each in found]
+    for target in (tmp_path / "all.png", tmp_path / "folder"):
+        pictures = PredictionPictures(epath.Path(target), images)
+        for each in shown:
+            pictures.add(each)
+        pictures.finish()
+    names = {path.name for path in (tmp_path / "folder").iterdir()}
+    assert names == {"00_0.png", "02_1.png", "00_2.png", "02_3.png"}
+    sizes = [Image.open(path).size for path in (tmp_path / "all.png", tmp_path / "folder/00_0.png")]
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] > 3 * sizes[1][1]
+    with pytest.raises(InputError, match=r"photo.jpg is no PNG file; expected a name that ends"):
+        PredictionPictures(epath.Path(tmp_path / "photo.jpg"), images)
+    with pytest.raises(InputError, match=r"would hold 36 images; one file takes 32: name a folder"):
+        PredictionPictures(epath.Path(tmp_path / "all.png"), images * 9)
 
 
 def test_what_is_no_image_is_one_line(config, weights, tmp_path):

@@ -177,6 +177,39 @@ def test_a_sigterm_during_an_evaluation_is_seen_between_its_batches(
     assert evaluated == [48, 48, 48]
 
 
+def test_the_weights_themselves_are_evaluated_beside_their_average(data_dir, tmp_path, monkeypatch):
+    """Under a name of its own, which chooses no checkpoint; a SIGTERM takes neither for done."""
+    config = tiny(data_dir)
+    config.optim.update(ema=0.5, lr=0.03)
+    config.eval_raw, config.eval_every = True, "2 steps"
+    assert train(config, tmp_path / "whole")
+    chosen = {"which": "last", "split": None}
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    for prefix, weights in (("eval", "ema"), ("eval_raw", "model")):
+        found = evaluate_checkpoint(config, tmp_path / "whole", weights=weights, **chosen)
+        assert {name: last[f"{prefix}/{name}"] for name in ("loss", "top1", "top5", "count")} == {
+            name: found[name] for name in ("loss", "top1", "top5", "count")
+        }
+    assert last["eval/loss"] != last["eval_raw/loss"]
+    metrics = (tmp_path / "whole" / "checkpoints" / "4" / "metrics" / "metrics").read_text()
+    assert json.loads(metrics)["loss"] == last["eval/loss"]
+
+    batches, put_batch = [], evaluation.put_batch
+
+    def put_and_terminate(batch, mesh):
+        batches.append(batch)
+        if len(batches) == 3:  # the first of the weights themselves
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "put_batch", put_and_terminate)
+        assert train(config, tmp_path / "run") is False
+    assert "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", step=4)
+
+
 def test_times_add_up_and_a_profile_has_the_parts_of_a_step(data_dir, tmp_path, monkeypatch):
     config = tiny(data_dir)
     config.profile.update(start=1, steps=2)

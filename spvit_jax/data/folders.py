@@ -101,6 +101,19 @@ def class_names(root: epath.Path, split: str) -> ClassNames:
     return tuple(name for name, images in _classes(root, split, []) if next(images, None))
 
 
+def images_below(folder: epath.Path) -> list[epath.Path]:
+    """Returns the paths of all images in a folder, those that `FolderSource` would take.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
+    if paths.is_remote(folder):
+        found = _images_in_bucket(folder, paths.files_below(folder), [])
+    else:
+        found = _images(os.fspath(folder), [], frozenset())
+    return [epath.Path(path) for path in found]
+
+
 def _classes(
     root: epath.Path, split: str, ignored: list[str]
 ) -> Iterator[tuple[str, Iterator[str]]]:

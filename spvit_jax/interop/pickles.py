@@ -88,7 +88,7 @@ def import_torch() -> ModuleType:
     except ImportError as error:
         raise InputError(
             "files of PyTorch are read and written with PyTorch, which is not installed: "
-            "pip install torch==2.13.0, or use a .safetensors file"
+            "pip install 'spvit_jax[torch]', or use a .safetensors file"
         ) from error
     return torch
 

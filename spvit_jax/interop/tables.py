@@ -56,6 +56,7 @@ def _vit(config: ViTConfig, dialect: Dialect) -> Iterator[Row]:
         else:
             yield from linear(f"{ours}/attn/qkv", f"{theirs}.attn.qkv")
         yield from linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
+        yield _position_bias(ours, theirs)
         for index in (1, 2):
             yield Row(f"{ours}/scale{index}/gamma", (f"{theirs}.{scale.format(index)}",), SAME)
         yield from conv(f"{ours}/pos_conv", f"{theirs}.pos_block.proj.0")
@@ -79,6 +80,12 @@ def _prior(ours: str, theirs: str) -> Iterator[Row]:
     yield Row(f"{ours}/prior/b1", (f"{theirs}.w1.bias",), HEADS)
     yield Row(f"{ours}/prior/w2", (f"{theirs}.w2",), HEADS_AS_COLUMN)
     yield Row(f"{ours}/prior/b2", (f"{theirs}.b2",), SAME)
+
+
+def _position_bias(ours: str, theirs: str) -> Row:
+    """Returns the name of Swin's learned bias, in other families than Swin too."""
+    table = f"{theirs}.attn.relative_position_bias_table"
+    return Row(f"{ours}/attn/position/table", (table,), OFFSET_TABLE)
 
 
 def _cait(config: CaiTConfig) -> Iterator[Row]:
@@ -126,11 +133,10 @@ def _pyramid(config: SwinConfig | MaiTPyramidConfig, dialect: Dialect) -> Iterat
             yield from linear(f"{ours}/reduction", f"{theirs}.reduction")
         for index in range(depth):
             ours, theirs = f"blocks/{layer}", f"layers.{stage}.blocks.{index}"
-            table = f"{theirs}.attn.relative_position_bias_table"
             yield from _mlp_and_norms(ours, theirs)
             yield from linear(f"{ours}/attn/qkv", f"{theirs}.attn.qkv")
             yield from linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
-            yield Row(f"{ours}/attn/position/table", (table,), OFFSET_TABLE)
+            yield _position_bias(ours, theirs)
             yield from _prior(f"{ours}/attn", f"{theirs}.attn")
             for index in (1, 2):
                 yield Row(f"{ours}/scale{index}/gamma", (f"{theirs}.gamma_{index}",), SAME)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -29,9 +30,16 @@ from spvit_jax.models.implementation import (
 )
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import Linear, accumulation_dtype
-from spvit_jax.models.spatial import Grid, LocalityMask, SpatialPrior
+from spvit_jax.models.spatial import (
+    Grid,
+    LocalityMask,
+    RelativePositionBias,
+    SpatialPrior,
+    pad_prefix,
+)
 
 Factors = tuple[jax.Array | None, jax.Array | None]  # G and B, or None where they are 1 and 0
+Learned = tuple[SpatialPrior | None, RelativePositionBias | None]  # what G and B are made of
 Mix = Callable[[jax.Array], jax.Array]  # a map over the heads of [B, H, n, m]
 
 
@@ -123,6 +131,7 @@ class Attention(nnx.Module):
 
     Attributes:
       prior: learned gain of SP-SA, or None for a layer without one.
+      position: learned relative-position bias, or None for a layer without one.
       mask: neighbourhood to which some heads are masked, or None.
       mix_scores: talking heads before the softmax, or None.
       mix_weights: talking heads after the softmax, or None.
@@ -137,6 +146,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         spatial_prior: bool = False,
         prior_extent: int | None = None,
+        position_bias: Grid | None = None,
         mask: LocalityMask | None = None,
         talking_heads: bool = False,
         implementation: Implementation = "auto",
@@ -155,6 +165,11 @@ class Attention(nnx.Module):
             SpatialPrior(num_heads, dim // num_heads, extent=prior_extent, rngs=rngs)
             if spatial_prior
             else None
+        )
+        self.position = (
+            None
+            if position_bias is None
+            else RelativePositionBias(num_heads, position_bias, rngs=rngs)
         )
         self.mask = mask
         self.mix_scores = TalkingHeads(num_heads, rngs=rngs) if talking_heads else None
@@ -175,24 +190,36 @@ class Attention(nnx.Module):
             return None
         return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
-    @jax.named_scope("gain")
     def bias(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
-        """Returns B [H, P+N, P+N] (-inf outside a hard mask), or None where it is 0."""
+        """Returns B [H, P+N, P+N] (learned, and -inf outside a hard mask), or None for 0."""
+        return self._bias(self.position, grid, num_prefix)
+
+    @jax.named_scope("gain")
+    def _bias(
+        self, position: RelativePositionBias | None, grid: Grid, num_prefix: int
+    ) -> jax.Array | None:
+        terms = []
+        if position is not None:
+            terms.append(pad_prefix(position(), num_prefix, 0.0))
         if self.mask is not None and self.mask.kind == "hard":
-            return self.mask.bias(self.num_heads, grid, num_prefix)
-        return None
+            terms.append(self.mask.bias(self.num_heads, grid, num_prefix))
+        if not terms:
+            return None
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, P+N, D] of a grid h·w = N behind P prefix tokens."""
-        if self.mask is not None and is_local(self.implementation, x.shape[1]):
+        has_bias = self.position is not None
+        if self.mask is not None and not has_bias and is_local(self.implementation, x.shape[1]):
             return self._attend_locally(x, grid, num_prefix, self.mask)
         with jax.named_scope("qkv"):
             dtype, bias = self.qkv.dtype, self.qkv.bias
             qkv = x.astype(dtype) @ self.qkv.kernel[...].astype(dtype)
             qkv_bias = None if bias is None else bias[...].astype(dtype)
 
-        def factors(prior: SpatialPrior | None) -> Factors:
-            return self._gain(prior, grid, num_prefix), self.bias(grid, num_prefix)
+        def factors(learned: Learned) -> Factors:
+            prior, position = learned
+            return self._gain(prior, grid, num_prefix), self._bias(position, grid, num_prefix)
 
         out = self._attend_heads(qkv, self.num_heads, factors, qkv_bias)
         with jax.named_scope("proj"):
@@ -202,7 +229,7 @@ class Attention(nnx.Module):
         self,
         qkv: jax.Array,
         num_heads: int,
-        factors: Callable[[SpatialPrior | None], Factors],
+        factors: Callable[[Learned], Factors],
         qkv_bias: jax.Array | None,
     ) -> jax.Array:
         """Returns softmax(G ⊙ QKᵀ/√d + B) V [B, n, H·d] of some heads H.
@@ -210,13 +237,14 @@ class Attention(nnx.Module):
         Args:
           qkv: projection [B, n, 3·H·d] of the heads, without its bias.
           num_heads: number H of the heads.
-          factors: returns G and B of the heads for a given prior.
+          factors: returns G and B of the heads for a given prior and learned bias.
           qkv_bias: bias [3·H·d] of the projection, or None.
         """
-        num_factors = (self.prior is not None) + (self.mask is not None)
+        learned = self.prior, self.position
+        num_factors = sum(factor is not None for factor in (*learned, self.mask))
         match choose(self.implementation, qkv, num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
-                graphdef, state = nnx.split(self.prior)
+                graphdef, state = nnx.split(learned)
 
                 def attend(qkv: jax.Array, shared: Any) -> jax.Array:
                     state, qkv_bias = shared
@@ -226,14 +254,14 @@ class Attention(nnx.Module):
                         qkv, num_heads, gain, bias, qkv_bias=qkv_bias, interpret=interpret
                     )
 
-                # Devices add up the gradient of the prior's parameters, and not that of G.
+                # Devices add up the gradients of the parameters, and not those of G and B.
                 with jax.named_scope("attention"):
                     out = on_each_device(attend, qkv, (state, qkv_bias))
                     return checkpoint_name(out, CONTEXT)
             case _:
                 with jax.named_scope("qkv"):
                     qkv = qkv if qkv_bias is None else qkv + qkv_bias
-                gain, bias = factors(self.prior)
+                gain, bias = factors(learned)
                 mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
                 q, k, v = split_heads(qkv, num_heads)
                 out = attention(q, k, v, gain, bias, **mix)
@@ -275,23 +303,40 @@ class Attention(nnx.Module):
             qkv = x @ _take(kernel, others, axis=2).reshape(dim, -1)
             other_bias = None if bias is None else _take(bias, others, axis=1).reshape(-1)
 
-        def factors(prior: SpatialPrior | None) -> Factors:
+        def factors(learned: Learned) -> Factors:
+            prior, _ = learned
             return None if prior is None else _take(prior(grid, num_prefix), others, axis=0), None
 
         attended = self._attend_heads(qkv, len(others), factors, other_bias)
         with jax.named_scope("proj"):
             return out + attended @ _take(out_kernel, others, axis=0).reshape(-1, dim)
 
-    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
-        """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32."""
+    def weights(
+        self, x: jax.Array, grid: Grid, num_prefix: int = 0, *, mix_weights: bool = True
+    ) -> jax.Array:
+        """Returns the attention weights A [B, H, P+N, P+N] of the tokens x, float32.
+
+        Talking heads mix the heads once more after the softmax, and rows of A need not sum to 1
+        then; `mix_weights` False leaves that out: the heads on which masks and priors act.
+        """
         q, k, _ = split_heads(self._project(x), self.num_heads)
-        mix = {"mix_scores": self.mix_scores, "mix_weights": self.mix_weights}
+        mix = {"mix_scores": self.mix_scores}
+        mix["mix_weights"] = self.mix_weights if mix_weights else None
         gain, bias = self.gain(grid, num_prefix), self.bias(grid, num_prefix)
         return attention_weights(q, k, gain, bias, **mix)
 
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid (h, w) that attention maps cover, for tokens on a given grid."""
         return grid
+
+    def map_patches(self, grid: Grid) -> np.ndarray:
+        """Returns the patches that the attention maps of an image cover, for tokens on a grid.
+
+        Returns:
+          int [maps, n]: for each place of a map the index of its patch in the grid, row by row, or
+          -1 where there is padding.
+        """
+        return np.arange(grid[0] * grid[1])[None]
 
     @jax.named_scope("qkv")
     def _project(self, x: jax.Array) -> jax.Array:

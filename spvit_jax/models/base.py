@@ -279,17 +279,33 @@ class Model(nnx.Module):
         """Applies the heads to normalised tokens [B, P+N, D]."""
         raise NotImplementedError
 
-    def attention_maps(self, images: jax.Array) -> list[AttentionMap]:
-        """Returns each layer's attention on images [B, height, width, 3], float32."""
+    def attention_maps(self, images: jax.Array, *, mix_weights: bool = True) -> list[AttentionMap]:
+        """Returns each layer's attention on images [B, height, width, 3], float32.
+
+        `mix_weights` as in `Attention.weights`: it makes a difference in CaiT alone.
+        """
         states = self.hidden_states(self.embed(images))
         return [
             AttentionMap(
-                block.attn.weights(block.norm1(state.x), state.grid, state.num_prefix),
+                block.attn.weights(
+                    block.norm1(state.x), state.grid, state.num_prefix, mix_weights=mix_weights
+                ),
                 block.attn.map_grid(state.grid),
                 state.num_prefix,
             )
             for block, state in zip(self.blocks, states, strict=False)
         ]
+
+    def class_attention(self, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention of layers in which prefix tokens alone are queries, as CaiT's.
+
+        Args:
+          images: normalised images [B, height, width, 3].
+
+        Returns:
+          Weights [B, H, P, P+N] float32 of each such layer, in order; none in most families.
+        """
+        return []
 
     def _single_layers(self) -> list[Segment]:
         """Returns a segment for each layer, for a model that runs without loops."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from spvit_jax.errors import InputError
-from spvit_jax.models.attention import Attention, attention
+from spvit_jax.models.attention import Attention, attention, attention_weights
 from spvit_jax.models.base import Model, ModelConfig, Outputs, Tokens, prepend
 from spvit_jax.models.block import Block
 from spvit_jax.models.initializers import linear_kernel, token_embedding
@@ -78,16 +79,19 @@ class ClassAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, num_prefix: int) -> jax.Array:
         """Maps tokens [B, P+N, D], prefix tokens first, to their update [B, P, D]."""
-
-        def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:2], self.num_heads, -1)
-
         query = x[:, :num_prefix]
         with jax.named_scope("qkv"):
-            q, k, v = heads(self.q(query)), heads(self.k(x)), heads(self.v(x))
+            q, k, v = (self._heads(part) for part in (self.q(query), self.k(x), self.v(x)))
         out = attention(q, k, v)
         with jax.named_scope("proj"):
             return self.proj(out.reshape(query.shape))
+
+    def weights(self, x: jax.Array, num_prefix: int) -> jax.Array:
+        """Returns the attention weights [B, H, P, P+N] of the tokens x [B, P+N, D], float32."""
+        return attention_weights(self._heads(self.q(x[:, :num_prefix])), self._heads(self.k(x)))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
 
 
 class ClassBlock(nnx.Module):
@@ -148,11 +152,28 @@ class CaiT(Model):
     def encode(self, patches: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps patch tokens [B, h, w, D] to normalised tokens [B, P+N, D]."""
         x = self.through_blocks(patches, key).x
+        *_, prefix = self._prefix_states(x)
+        return self.norm(jnp.concatenate([prefix, x], axis=1))
+
+    def class_attention(self, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention [B, H, P, P+N] of each layer of class attention, float32."""
+        x = self.through_blocks(self.embed(images)).x
+        return [
+            block.attn.weights(block.norm1(jnp.concatenate([prefix, x], axis=1)), prefix.shape[1])
+            for block, prefix in zip(self.class_blocks, self._prefix_states(x), strict=False)
+        ]
+
+    def _prefix_states(self, x: jax.Array) -> Iterator[jax.Array]:
+        """Yields the prefix tokens [B, P, D] that enter each class block, then the last's.
+
+        The patches x [B, N, D] are the same for all.
+        """
         tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = prepend(tokens, x[:, :0])
         for block in self.class_blocks:
+            yield prefix
             prefix = block(prefix, x)
-        return self.norm(jnp.concatenate([prefix, x], axis=1))
+        yield prefix
 
     @jax.named_scope("heads")
     def classify(self, tokens: jax.Array) -> Outputs:

@@ -41,13 +41,15 @@ def choose(
     Raises:
       InputError: the implementation does not run on the devices, or not for so many tokens.
     """
+    is_choice = requested in ("auto", "local")
+    if requested == "xla" or (is_choice and platform() != "tpu"):
+        return "xla"  # without a plan, for which the number of images would have to be known
     num_tokens, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
     fits = Plan.of(qkv, num_heads, num_factors).fits
-    if requested in ("auto", "local"):
-        runs = platform() == "tpu" and fits and fused.supports(head_dim, qkv.dtype)
-        return "fused" if runs else "xla"
+    if is_choice:
+        return "fused" if fits and fused.supports(head_dim, qkv.dtype) else "xla"
     check_platform(requested, platform())
-    if requested in _KERNELS and not fits:
+    if not fits:
         raise InputError(
             f"attention is {requested!r} on {num_tokens} tokens with {num_heads} heads of width "
             f"{head_dim}, for which the kernel needs too much of a chip's fast memory; choose "

@@ -111,18 +111,19 @@ class SpatialPrior(nnx.Module):
 
 
 class RelativePositionBias(nnx.Module):
-    """Swin's bias (arXiv 2103.14030): per head, one learned number for each offset in a window.
+    """Swin's bias (arXiv 2103.14030): per head, one learned number for each offset in a grid.
 
     Parameter table [H, 2h-1, 2w-1], in the order of `offsets`.
     """
 
-    def __init__(self, num_heads: int, window: Grid, *, rngs: nnx.Rngs):
-        h, w = window
+    def __init__(self, num_heads: int, grid: Grid, *, rngs: nnx.Rngs):
+        """Creates the bias of a grid, or of a window, of (rows, columns) of patches."""
+        h, w = grid
         shape = (num_heads, 2 * h - 1, 2 * w - 1)
         self.table = nnx.Param(linear_kernel(rngs.params(), shape, jnp.float32))
 
     def __call__(self) -> jax.Array:
-        """Returns the bias B [H, N, N] float32 of a window of N patches."""
+        """Returns the bias B [H, N, N] float32 of a grid of N patches."""
         return toeplitz(self.table[...])
 
 

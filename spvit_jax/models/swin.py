@@ -19,7 +19,7 @@ from spvit_jax.models.attention import Attention, attention, attention_weights, 
 from spvit_jax.models.block import Block
 from spvit_jax.models.implementation import Implementation, check
 from spvit_jax.models.pyramid import Pyramid, PyramidConfig
-from spvit_jax.models.spatial import Grid, LocalityMask, RelativePositionBias
+from spvit_jax.models.spatial import Grid, LocalityMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +69,23 @@ class WindowAttention(Attention):
     ):
         # Windows are small, and each has a bias of its own: XLA's products are the faster.
         check(implementation, dim // num_heads, dtype, other_scores="the bias of Swin's windows")
+        h, w = grid
+        self.window = (min(h, window), min(w, window))
         super().__init__(
             dim,
             num_heads,
             qkv_bias=qkv_bias,
             spatial_prior=spatial_prior,
             prior_extent=prior_extent,
+            position_bias=self.window,
             mask=mask,
             dtype=dtype,
             rngs=rngs,
         )
-        h, w = grid
-        self.window = (min(h, window), min(w, window))
         self.shift = (
             window // 2 if shifted and h > window else 0,
             window // 2 if shifted and w > window else 0,
         )
-        self.position = RelativePositionBias(num_heads, self.window, rngs=rngs)
 
     def gain(self, grid: Grid, num_prefix: int = 0) -> jax.Array | None:
         """Returns G [H, n, n] of a window of n patches, or None where it is 1."""
@@ -93,14 +93,20 @@ class WindowAttention(Attention):
 
     def bias(self, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Returns B [windows, H, n, n] of a grid's windows of n patches."""
-        hard = super().bias(self.window, num_prefix)
-        bias = self.position() if hard is None else self.position() + hard
+        bias = super().bias(self.window, num_prefix)
+        assert bias is not None  # a window has a learned one
         shift_bias = _shift_bias(_padded(grid, self.window), self.window, self.shift)
         return bias + jnp.asarray(shift_bias, bias.dtype)[:, None]
 
     def map_grid(self, grid: Grid) -> Grid:
         """Returns the grid of a window."""
         return self.window
+
+    def map_patches(self, grid: Grid) -> np.ndarray:
+        """Returns the patch at each place of each window, int [windows, n]; -1 is padding."""
+        with jax.ensure_compile_time_eval():
+            numbers = jnp.arange(1, grid[0] * grid[1] + 1)[None, :, None]
+            return np.asarray(self._partition(numbers, grid))[..., 0] - 1
 
     def __call__(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
         """Attends among the tokens x [B, N, D] of a grid h·w = N."""
@@ -113,7 +119,9 @@ class WindowAttention(Attention):
         with jax.named_scope("windows"):
             return self._merge_windows(out, grid)
 
-    def weights(self, x: jax.Array, grid: Grid, num_prefix: int = 0) -> jax.Array:
+    def weights(
+        self, x: jax.Array, grid: Grid, num_prefix: int = 0, *, mix_weights: bool = True
+    ) -> jax.Array:
         """Returns the attention weights A [B·windows, H, n, n] of the tokens x, float32.
 
         Rows whose query is padding, and no patch, are 0.

@@ -42,6 +42,7 @@ class ViTConfig(ModelConfig):
     class_token_layer: int | None = None  # layer that the class token enters; None: spatial_layers
     prior_extent: int | None = None  # grid side to which offsets are rescaled; None: unscaled
     pos_conv: bool = False  # whether a position convolution follows each block
+    position_bias_layers: int = 0  # number of layers with Swin's learned bias, the first ones
 
     # Heads.
     dense_head: bool = False  # whether LV-ViT's classifier of every patch token is there
@@ -69,6 +70,17 @@ class ViTConfig(ModelConfig):
                 f"spatial_layers is {self.spatial_layers} and class_token_layer "
                 f"{self.class_token_layer} at depth {self.depth}; expected at most "
                 f"{self.depth - 1}: the class token enters at the latest before the last layer"
+            )
+
+        if not 0 <= self.position_bias_layers <= self.depth:
+            raise InputError(
+                f"position_bias_layers is {self.position_bias_layers}; the model has {self.depth} "
+                "layers"
+            )
+        if self.attention == "local" and any(self.masked_per_layer()[: self.position_bias_layers]):
+            raise InputError(
+                "attention is 'local', which knows no learned bias of masked heads "
+                f"(position_bias_layers={self.position_bias_layers}); choose 'auto' or 'xla'"
             )
 
     @property
@@ -171,6 +183,7 @@ def _block(config: ViTConfig, layer: int, rngs: nnx.Rngs) -> Block:
         qkv_bias=config.qkv_bias,
         spatial_prior=layer < config.spatial_layers,
         prior_extent=config.prior_extent,
+        position_bias=config.grid if layer < config.position_bias_layers else None,
         mask=config.mask(layer),
         implementation=config.attention,
         dtype=dtype,

@@ -1,6 +1,6 @@
 """Checks a launch and compiles the run for TPUs that this machine does not have.
 
-    pip install -r requirements-tpu.txt
+    pip install 'spvit_jax[tpu]'
     python -m spvit_jax.preflight --config=configs/spvit.py:l,384 --topology=v5e:16x16 \
         --config.data.batch_size=4096 --json=preflight.json
 
@@ -185,11 +185,13 @@ def main() -> None:
     workdir = flags.DEFINE_string("workdir", None, "Workdir of the run, to be checked.")
     json_path = flags.DEFINE_string("json", None, "JSON file to write all numbers to.")
     ways = flags.DEFINE_integer(
-        "ways", 3, "Ways to look for to make a run fit, where it does not.", 0
+        "ways", 3, "How many changes to look for with which a run fits that does not.", 0
     )
     shardings = flags.DEFINE_bool("shardings", False, "Print the sharding of each parameter.")
     bundles = flags.DEFINE_bool(
-        "bundles", False, "Time kernels by their bundles; compiling takes three times as long."
+        "bundles",
+        False,
+        "Time kernels by the code they are compiled to; compiling takes three times as long.",
     )
     sweeping = flags.DEFINE_bool("sweep", False, "Try batch sizes, remat and meshes, as a table.")
     batch_sizes = flags.DEFINE_list("sweep_batch_size", [], "Batch sizes; else ½, 1 and 2 times.")

@@ -28,7 +28,7 @@ def prepare() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "libtpu, the TPU's compiler, is not installed; it runs on any Linux machine with an "
-            "x86 CPU: pip install -r requirements-tpu.txt"
+            "x86 CPU: pip install 'spvit_jax[tpu]'"
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

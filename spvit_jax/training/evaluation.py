@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from spvit_jax.training.sharding import put_batch
 from spvit_jax.training.state import Metrics, Variables, means
+from spvit_jax.training.step import ClassCounts
 
 
 def evaluate(
@@ -57,3 +58,23 @@ def evaluate(
             "model.dtype=float32"
         )
     return means(totals) | {"count": count}
+
+
+class ClassCounter:
+    """An `eval_fn` of `evaluate` that adds up what `class_step` counts in each batch."""
+
+    def __init__(self, class_fn: Callable[[Variables, Any], tuple[Metrics, ClassCounts]]):
+        """Begins to count; `class_fn` is the jitted `class_step`."""
+        self._class_fn = class_fn
+        self._counts: ClassCounts | None = None
+
+    def __call__(self, model: Variables, batch: Any) -> Metrics:
+        metrics, counts = self._class_fn(model, batch)
+        total = self._counts
+        self._counts = counts if total is None else jax.tree.map(jnp.add, total, counts)
+        return metrics
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `ClassCounts.confusion` and `ClassCounts.top5` over all batches so far."""
+        assert self._counts is not None, "no batch was evaluated"
+        return np.asarray(self._counts.confusion), np.asarray(self._counts.top5)

@@ -13,9 +13,9 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import Self
 
 import jax
 from clu import parameter_overview
@@ -29,27 +29,13 @@ from spvit_jax.errors import writing
 from spvit_jax.logs import log
 from spvit_jax.models.complexity import count_macs, count_parameters
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import sharding
+from spvit_jax.training import sharding, writers
 from spvit_jax.training.profile import Profiler
 from spvit_jax.training.run import TrainingRun
 from spvit_jax.training.state import Metrics, means
-from spvit_jax.training.tensorboard import EventFile
 from spvit_jax.training.timeline import INPUT, REPORT, STEP, Timeline, spread
 from spvit_jax.training.utilization import peak_images_per_second
-from spvit_jax.training.wandb_writer import WandbWriter
-
-
-class MetricWriter(Protocol):
-    """Place for a run's metrics; writers of clu are such ones."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
-        """Writes the values of a step."""
-
-    def flush(self) -> None:
-        """Puts what has been written where it survives this machine."""
-
-    def close(self) -> None:
-        """Ends writing."""
+from spvit_jax.training.writers import MetricWriter
 
 
 def summarize(run: TrainingRun) -> None:
@@ -138,13 +124,6 @@ class Reporter:
     ) -> Self:
         """Returns the reporter of a training run, with the writers that its configuration names."""
         config = run.config
-
-        def open_writers() -> Iterator[MetricWriter]:
-            with writing(workdir):
-                yield EventFile(workdir)
-            if config.wandb:
-                yield WandbWriter(workdir, config.wandb, config.to_dict())
-
         return cls(
             workdir,
             timeline,
@@ -154,7 +133,7 @@ class Reporter:
             batch_size=config.data.batch_size,
             full_speed=peak_images_per_second(run.model, run.mesh),
             evaluates=evaluates,
-            open_writers=lambda: list(open_writers()),
+            open_writers=lambda: list(writers.open_all(workdir, config)),
         )
 
     def __enter__(self) -> Self:
@@ -226,7 +205,7 @@ class Reporter:
             speed = times["images_per_second"]
             seconds = (self._total_steps - self._step) * self._batch_size / speed
             left = datetime.timedelta(seconds=round(seconds))
-            self._record("train", values)
+            self._record({f"train/{name}": value for name, value in values.items()})
             self._write(self._times, {"step": self._step, "time": time.time(), **times})
             self._plot({f"train/{name}": value for name, value in times.items()})
             text = f"loss {values['loss']:.4f}  top1 {values['top1']:.4f}  {speed:.0f} img/s"
@@ -234,24 +213,27 @@ class Reporter:
             mfu = f"  MFU {times['mfu']:.1%}" if "mfu" in times else ""
             log.debug(
                 "step %d/%d  %s  lr %.3g  left %s  step %.3g s (p90 %.3g, max %.3g)%s",
-                *(self._step, self._total_steps, text, learning_rate, left),
+                *(*self._place, text, learning_rate, left),
                 *(times[f"step_seconds_{name}"] for name in ("median", "p90", "max")),
                 mfu,
             )
             self._profiler.look()
         self._reset()
 
-    def evaluation(self, values: dict[str, float]) -> None:
+    def evaluation(self, values: dict[str, float], raw: dict[str, float] | None = None) -> None:
         """Reports the metrics of an evaluation.
 
         Args:
           values: mean of each metric, by name.
+          raw: the same of the weights themselves, where `values` are those of their average.
         """
         with self._timeline.phase(REPORT):
-            self._record("eval", values)
-            texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
-            text = "  ".join(f"{name} {value}" for name, value in texts.items())
-            log.info("step %d/%d  evaluation: %s", self._step, self._total_steps, text)
+            named = {f"eval/{name}": value for name, value in values.items()}
+            named |= {f"eval_raw/{name}": value for name, value in (raw or {}).items()}
+            self._record(named)
+            log.info("step %d/%d  evaluation: %s", *self._place, _as_text(values))
+            if raw:
+                log.info("step %d/%d  of the weights themselves: %s", *self._place, _as_text(raw))
 
     def _measure(self) -> dict[str, float]:
         """Returns speed and times of steps since the last report, and shares of all time so far."""
@@ -268,8 +250,11 @@ class Reporter:
             "seconds": total,
         }
 
-    def _record(self, prefix: str, values: dict[str, float]) -> None:
-        named = {f"{prefix}/{name}": value for name, value in values.items()}
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._step, self._total_steps
+
+    def _record(self, named: dict[str, float]) -> None:
         self._write(self._records, {"step": self._step, **named})
         self._plot(named)
 
@@ -294,6 +279,12 @@ class Reporter:
 
     def _reset(self) -> None:
         self._before, self._reported = self._timeline.seconds(), self._step
+
+
+def _as_text(values: dict[str, float]) -> str:
+    """Returns metrics by name as words of a line."""
+    texts = {k: str(v) if isinstance(v, int) else f"{v:.4f}" for k, v in values.items()}
+    return "  ".join(f"{name} {value}" for name, value in texts.items())
 
 
 def log_times(timeline: Timeline) -> None:

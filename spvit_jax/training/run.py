@@ -92,6 +92,14 @@ class TrainingRun:
         """Returns whether an evaluation is due after a number of steps: at intervals, and last."""
         return step > 0 and (step % self.config.eval_every == 0 or step == self.steps)
 
+    def evaluated(self, state: TrainState) -> list[Variables]:
+        """Returns the weights that an evaluation is of: the best ones, then with `eval_raw` others.
+
+        Those are the weights themselves where the best ones are their moving average.
+        """
+        has_others = self.config.eval_raw and state.ema is not None
+        return [state.best_model, *([state.model] if has_others else [])]
+
     @property
     def eval_batch_size(self) -> int:
         """Images per eval step: `data.eval_batch_size` rounded up to a multiple of the devices."""
@@ -100,7 +108,7 @@ class TrainingRun:
     @property
     def eval_steps(self) -> int:
         """Number of eval steps in the whole run: evaluations at each interval and at the end."""
-        times = -(-self.steps // self.config.eval_every)
+        times = -(-self.steps // self.config.eval_every) * len(self.evaluated(self.abstract))
         return times * -(-self.data.num_eval // self.eval_batch_size)
 
     @property

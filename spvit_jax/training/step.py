@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,18 @@ class StepSettings:
             accumulate=config.optim.accumulate,
             ema=config.optim.ema,
         )
+
+
+class ClassCounts(NamedTuple):
+    """Numbers of examples by class, int32.
+
+    Attributes:
+      confusion: [C, C], of each label (rows) with each most probable class (columns).
+      top5: [C], of each label that is among the five most probable classes.
+    """
+
+    confusion: jax.Array
+    top5: jax.Array
 
 
 def key_for(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
@@ -160,10 +172,43 @@ def eval_step(model: Variables, batch: Batch, *, settings: StepSettings) -> Metr
       (sum, count) of `loss` (cross-entropy with the label, or with all right ones evenly), `top1`
       and `top5`; and of `nonfinite`, whether an image's logits or its loss are not finite numbers.
     """
+    return _metrics(_evaluation_logits(model, batch, settings), batch)
+
+
+def class_step(
+    model: Variables, batch: Batch, *, settings: StepSettings
+) -> tuple[Metrics, ClassCounts]:
+    """Evaluates a model on one batch as `eval_step`, and counts by class what it says.
+
+    Labels are int32 [B].
+    """
+    logits = _evaluation_logits(model, batch, settings)
+    labels, counted = batch["label"], batch["mask"].astype(jnp.int32)
+    best = _most_probable(logits)
+    classes = settings.num_classes
+    counts = ClassCounts(
+        confusion=jnp.zeros((classes, classes), jnp.int32).at[labels, best[:, 0]].add(counted),
+        top5=jnp.zeros(classes, jnp.int32)
+        .at[labels]
+        .add(counted * (best == labels[:, None]).any(axis=1)),
+    )
+    return _metrics(logits, batch), counts
+
+
+def _evaluation_logits(model: Variables, batch: Batch, settings: StepSettings) -> jax.Array:
     images = settings.transform.normalize(batch["image"])
-    logits = model.model().outputs(images).evaluation_logits()
+    return model.model().outputs(images).evaluation_logits()
+
+
+def _most_probable(logits: jax.Array) -> jax.Array:
+    """Returns the numbers int32 [B, 5] of the five most probable classes, or of all fewer."""
+    return jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+
+
+def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
+    """Returns the metrics of `eval_step` for logits [B, C]."""
     labels, mask = batch["label"], batch["mask"]
-    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    best = _most_probable(logits)
     if labels.ndim == 1:
         ranked = best == labels[:, None]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -27,7 +27,7 @@ def check_installed(project: str | None) -> None:
     if project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"config.wandb is {project!r}, and the package wandb is not installed; "
-            "pip install wandb==0.31.0, or leave config.wandb out"
+            "pip install 'spvit_jax[wandb]', or leave config.wandb out"
         )
 
 

@@ -20,6 +20,7 @@ from tests.helpers import REPOSITORY
 from tests.helpers.commands import (
     CONFIG,
     SMALL,
+    Command,
     command,
     newest_step,
     records_of,
@@ -42,7 +43,7 @@ SETTINGS = [
     "--config.data.threads=1",
 ]
 POD = REPOSITORY / "launch" / "local_pod.sh"
-MEMBER = [sys.executable, "-m", "tests.helpers.cluster_member"]
+TRAIN, MEMBER = "spvit_jax.train", "tests.helpers.cluster_member"
 
 
 def pod(environment, count, *args, devices=2):
@@ -73,22 +74,48 @@ def member(process, rank):
     raise AssertionError(f"there is no process {rank}")
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def cluster(environment, module, *args_of_each, devices=2):
+    """Runs a process for each list of arguments; returns their exit codes and what each said."""
+    port = free_port()
+    processes = [
+        Command(
+            environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            module,
+            *args,
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={len(args_of_each)}",
+            f"--process_id={rank}",
+        )
+        for rank, args in enumerate(args_of_each)
+    ]
+    return [process.wait() for process in processes], ["".join(p.said()) for p in processes]
+
+
+def run_cluster(environment, count, module, *args, devices=2):
+    """Runs the same command on several processes to its end; returns what they said."""
+    codes, said = cluster(environment, module, *[args] * count, devices=devices)
+    assert codes == [0] * count, said
+    return "".join(said)
+
+
 def train(environment, workdir, count, *more, devices=2):
-    """Trains on several processes, or with 0 on one without a cluster."""
-    args = [*MEMBER, "train", workdir / "examples.json", *SETTINGS, f"--workdir={workdir}", *more]
+    """Trains on several processes; examples.json says on what."""
     workdir.mkdir(exist_ok=True)
-    if count:
-        return ended(pod(environment, count, *args, devices=devices), 0)
-    environment = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    return run_plainly(environment, args)
+    args = ["train", workdir / "examples.json", *SETTINGS, f"--workdir={workdir}", *more]
+    return run_cluster(environment, count, MEMBER, *args, devices=devices)
 
 
-def run_plainly(environment, args):
-    result = subprocess.run(
-        list(map(str, args)), cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stderr
+def train_alone(environment, workdir, *more):
+    """The same on one process with four devices, without a cluster."""
+    workdir.mkdir(exist_ok=True)
+    args = ["train", workdir / "examples.json", *SETTINGS, f"--workdir={workdir}", *more]
+    process = Command(environment | {"JAX_NUM_CPU_DEVICES": "4"}, MEMBER, *args)
+    assert process.wait() == 0, process.said()
 
 
 def examples_of(workdir):
@@ -120,16 +147,18 @@ def assert_same_bits(workdir, reference):
 def alone(environment, tmp_path_factory):
     """A run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    train(environment, workdir, 0, devices=4)
+    train_alone(environment, workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def two(environment, tmp_path_factory):
-    """The same run by two processes with two devices each."""
+    """The same run by two processes with two devices each, as `local_pod.sh` starts them."""
     workdir = tmp_path_factory.mktemp("runs") / "two"
-    said = train(environment, workdir, 2)
-    (workdir / "said.txt").write_text(said)
+    workdir.mkdir()
+    args = [sys.executable, "-m", MEMBER, "train", workdir / "examples.json"]
+    process = pod(environment, 2, *args, *SETTINGS, f"--workdir={workdir}")
+    (workdir / "said.txt").write_text(ended(process, 0))
     return workdir
 
 
@@ -176,7 +205,7 @@ def test_sigterm_of_one_stops_all_at_one_step_and_the_run_goes_on(environment, t
     stopped = newest_step(tmp_path)
     assert 5 < stopped < STEPS
     assert f"SIGTERM: saved at step {stopped} of {STEPS}" in said
-    said = ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={tmp_path}")), 0)
+    said = run_cluster(environment, 2, TRAIN, *SETTINGS, f"--workdir={tmp_path}")
     assert f"start           at step {stopped} of {STEPS}" in said
     assert_same_bits(tmp_path, two)
 
@@ -201,22 +230,23 @@ def test_sigkill_of_the_coordinator_ends_the_rest_and_the_run_goes_on(environmen
     assert "[1] ended with exit code" not in said  # 75: to be started again
     assert re.search(r"\[1\] error: .*another process of the cluster was lost", said)
     assert newest_step(tmp_path) < STEPS
-    ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={tmp_path}")), 0)
+    run_cluster(environment, 2, TRAIN, *SETTINGS, f"--workdir={tmp_path}")
     assert_same_bits(tmp_path, two)
 
 
 def test_an_input_that_hangs_ends_all_and_the_run_goes_on(environment, two, tmp_path):
     """Each says whose it is; the one that hangs has a heartbeat, and waits for nothing to fail."""
-    args = [*MEMBER, "hang", tmp_path / "hung", *SETTINGS, f"--workdir={tmp_path / 'run'}"]
+    args = ["hang", tmp_path / "hung", *SETTINGS, f"--workdir={tmp_path / 'run'}"]
     args += ["--config.stall_timeout=8"]
-    said = ended(pod(environment, 2, *args), 75, seconds=120)
+    process = pod(environment, 2, sys.executable, "-m", MEMBER, *args)
+    said = ended(process, 75, seconds=120)
     words = r"the run stands still: .*after 9 steps process 1 is waiting for input; the others wait"
     for rank in range(2):
         assert re.search(rf"\[{rank}\] error: .*{words}", said), said[-4000:]
         assert f"[{rank}] ended with exit code 75" not in said  # it is no failure
     assert re.search(r"\[1\]   File .* in read_from_a_disk_that_hangs", said)
     assert re.search(r"\[0\]   File .* in train\n", said)
-    said = ended(pod(environment, 2, *args), 0)
+    said = run_cluster(environment, 2, MEMBER, *args)
     assert f"start           at step 5 of {STEPS}" in said
     assert_same_bits(tmp_path / "run", two)
 
@@ -225,7 +255,7 @@ def test_a_checkpoint_that_cannot_be_read_is_moved_aside_once(environment, two, 
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
     truncate_checkpoint(workdir, STEPS)
-    said = ended(pod(environment, 2, *command("train", *SETTINGS, f"--workdir={workdir}")), 0)
+    said = run_cluster(environment, 2, TRAIN, *SETTINGS, f"--workdir={workdir}")
     assert said.count(f"checkpoint {STEPS} cannot be read and was moved to") == 1
     assert f"start           at step {STEPS - 5} of {STEPS}" in said
     assert (workdir / "corrupt-checkpoints" / str(STEPS)).is_dir()
@@ -236,8 +266,8 @@ def test_evaluation_counts_each_example_once(environment, alone, tmp_path):
     """500 examples in batches of 96: the last has 20, all of them of the first process."""
     output = tmp_path / "result.json"
     args = [*SETTINGS, f"--checkpoint={alone}", "--config.data.eval_batch_size=96"]
-    args += [f"--json={output}", "--split=test"]
-    said = ended(pod(environment, 2, *command("evaluate", *args)), 0)
+    args += [f"--json={output}", "--split=test", f"--report={tmp_path}/report"]
+    said = run_cluster(environment, 2, "spvit_jax.evaluate", *args)
     assert said.count('"top1"') == 1
     results = json.loads(output.read_text())
     expected = records_of(alone)[-1]
@@ -245,6 +275,9 @@ def test_evaluation_counts_each_example_once(environment, alone, tmp_path):
     assert results["top1"] == pytest.approx(expected["eval/top1"])
     assert results["top5"] == pytest.approx(expected["eval/top5"])
     assert results["loss"] == pytest.approx(expected["eval/loss"], rel=1e-5)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["count"] == sum(map(sum, report["confusion"])) == 500
+    assert report["top1"] == pytest.approx(expected["eval/top1"])
 
 
 def test_several_processes_learn_from_token_labels_what_one_does(environment, alone, tmp_path):
@@ -260,7 +293,7 @@ def test_several_processes_learn_from_token_labels_what_one_does(environment, al
     )
     student = [f"--config.token_labels.path={labels}", "--config.augment.mix_token=True"]
     student += ["--config.augment.mix_group_size=16"]
-    train(environment, tmp_path / "alone", 0, *student, devices=4)
+    train_alone(environment, tmp_path / "alone", *student)
     train(environment, tmp_path / "two", 2, *student)
     assert examples_of(tmp_path / "two") == examples_of(tmp_path / "alone")
     assert_same_numbers(tmp_path / "two", tmp_path / "alone")
@@ -268,7 +301,7 @@ def test_several_processes_learn_from_token_labels_what_one_does(environment, al
 
 def test_rows_of_a_batch_whatever_the_order_of_devices(environment, tmp_path):
     output = tmp_path / "rows.json"
-    ended(pod(environment, 2, *MEMBER, "rows", output), 0)
+    run_cluster(environment, 2, MEMBER, "rows", output)
     result = json.loads(output.read_text())
     assert len(result["held"]) == 3
     for name, rows in result["held"].items():
@@ -276,40 +309,18 @@ def test_rows_of_a_batch_whatever_the_order_of_devices(environment, tmp_path):
     assert result["texts"] == [["0 0", "1 0"], ["0 1", "1 1"]]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def cluster_of(environment, *args_of_each):
-    """Starts a process for each list of arguments; returns their exit codes and errors."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command(
-                *args,
-                f"--coordinator=127.0.0.1:{port}",
-                f"--num_processes={len(args_of_each)}",
-                f"--process_id={rank}",
-            ),
-            cwd=REPOSITORY,
-            env=environment | {"JAX_NUM_CPU_DEVICES": "2"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, args in enumerate(args_of_each)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+def failing_cluster(environment, *args_of_each):
+    """Trains in vain with arguments of each process; returns their exit codes and errors."""
+    codes, said = cluster(environment, TRAIN, *args_of_each)
     assert not any("Traceback" in text for text in said)
     errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
     assert all(len(lines) == 1 for lines in errors), said
-    return [process.returncode for process in processes], [lines[0] for lines in errors]
+    return codes, [lines[0] for lines in errors]
 
 
 def test_processes_that_disagree_stop_and_say_who_differs(environment, tmp_path):
-    args = ["train", *SETTINGS, f"--workdir={tmp_path / 'run'}"]
-    codes, errors = cluster_of(
+    args = [*SETTINGS, f"--workdir={tmp_path / 'run'}"]
+    codes, errors = failing_cluster(
         environment, args, [*args, "--config.optim.lr=0.5", "--config.data.threads=2"]
     )
     assert codes == [2, 2]
@@ -323,7 +334,7 @@ def test_folder_that_is_not_shared(environment, tmp_path):
     """Slow, since a network file system is given time."""
     args = [[*SETTINGS, f"--workdir={tmp_path / name / 'run'}"] for name in ("a", "b")]
     (tmp_path / "a" / "run").mkdir(parents=True)
-    codes, errors = cluster_of(environment, *(["train", *each] for each in args))
+    codes, errors = failing_cluster(environment, *args)
     assert codes == [2, 2]
     assert all("process 1 has another folder" in line for line in errors), errors
 
@@ -331,8 +342,8 @@ def test_folder_that_is_not_shared(environment, tmp_path):
 def test_one_that_fails_alone_takes_the_others_along(environment, tmp_path):
     """A file where process 0, which alone writes, needs a folder."""
     (tmp_path / "file").touch()
-    args = ["train", *SETTINGS, f"--workdir={tmp_path / 'file' / 'run'}"]
-    codes, errors = cluster_of(environment, args, args)
+    args = [*SETTINGS, f"--workdir={tmp_path / 'file' / 'run'}"]
+    codes, errors = failing_cluster(environment, args, args)
     assert codes == [2, 2]
     assert errors[0].startswith("error: cannot write to workdir")
     assert errors[1].startswith("error: process 0 has stopped: cannot write to workdir")

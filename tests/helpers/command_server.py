@@ -1,27 +1,37 @@
-"""A process that has imported what the commands need, and forks one for each line that it reads.
+"""A process that has imported what the commands need, and forks those that tests start.
 
     python -m tests.helpers.command_server
 
-Importing takes a command four seconds; forked it has them already, and nothing else. A line is a
-JSON list: the module, its arguments, and the files for standard output and error. The answer is a
-line with the exit code.
+Importing takes a command four seconds; forked it has them already, and nothing else. Each line is a
+request in JSON, and each answer is a line: of a list (the module, its arguments, its environment,
+and the files for standard output and error) the id of the process that it has become; of an id,
+once that process has ended, its exit code.
 """
 
+import gc
 import importlib
 import json
 import os
 import runpy
 import sys
 
+import jax
+
 IMPORTED = ("spvit_jax.plan", "spvit_jax.training.report")
 
 
-def execute(module, args, *outputs):
+def execute(module, args, environment, *outputs):
     """Becomes the command, as `python -m` starts it."""
     for descriptor, path in enumerate((os.devnull, *outputs)):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
+    for name, value in environment.items():
+        if name.startswith("JAX_") and os.environ.get(name) != value:
+            jax.config.update(name.lower(), int(value))  # JAX reads them when it is imported
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -29,12 +39,17 @@ def execute(module, args, *outputs):
 def serve():
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # what all have is not looked through again by each
+    gc.set_threshold(100_000, 20, 20)
     for line in sys.stdin:
-        process = os.fork()
-        if not process:
-            return execute(*json.loads(line))
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        request = json.loads(line)
+        if isinstance(request, list):
+            answer = os.fork()
+            if not answer:
+                return execute(*request)
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":

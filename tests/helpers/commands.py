@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import pathlib
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,12 +42,11 @@ def command(name: str, *args: object) -> list[str]:
 
 
 @functools.cache
-def _server(environment: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
-    """The process that forks the commands of an environment, given as a set of pairs."""
+def _server() -> subprocess.Popen[str]:
+    """The process that forks commands."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.command_server"],
         cwd=REPOSITORY,
-        env=dict(environment),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -54,21 +55,65 @@ def _server(environment: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
     return server
 
 
+def _ask(request: object) -> int:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+class Command:
+    """A command in a process of its own, without the seconds that its imports take.
+
+    Attributes:
+      pid: of the process, which is no child of this one.
+    """
+
+    def __init__(self, environment: dict[str, str], module: str, *args: object):
+        # Read to the end of this object, and gone with it.
+        self._outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
+        outputs = [file.name for file in self._outputs]
+        self.pid = _ask([module, [*map(str, args)], environment, *outputs])
+        self._process = os.pidfd_open(self.pid)
+        self._end = select.poll()
+        self._end.register(self._process)
+        self._code: int | None = None
+
+    def said(self) -> tuple[str, str]:
+        """What it has written so far to the standard output and error."""
+        output, error = (pathlib.Path(file.name).read_text() for file in self._outputs)
+        return output, error
+
+    def send_signal(self, number: int) -> None:
+        signal.pidfd_send_signal(self._process, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self, seconds: float = 0) -> int | None:
+        """The exit code, or None if it still runs after so many seconds."""
+        if self._code is None and self._end.poll(1000 * seconds):
+            self._code = _ask(self.pid)
+            os.close(self._process)
+        return self._code
+
+    def wait(self, timeout: float = 300) -> int:
+        code = self.poll(timeout)
+        if code is None:
+            self.kill()
+            raise AssertionError(f"it still runs after {timeout} seconds: {self.said()[1][-4000:]}")
+        return code
+
+
 def run(
     environment: dict[str, str], name: str, *args: object, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, without the seconds that its imports take."""
-    server = _server(frozenset(environment.items()))
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [pathlib.Path(folder) / name for name in ("stdout", "stderr")]
-        request = [f"spvit_jax.{name}", [*map(str, args)], *map(str, outputs)]
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        said = [path.read_text() for path in outputs]
-        result = subprocess.CompletedProcess(command(name, *args), code, *said)
+    """Runs one of the package's commands to its end."""
+    process = Command(environment, f"spvit_jax.{name}", *args)
+    code = process.wait()
+    result = subprocess.CompletedProcess(command(name, *args), code, *process.said())
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -77,15 +122,13 @@ def records_of(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until(
-    condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 240
-) -> None:
-    """Looks every millisecond; fails if the process ends first."""
+def wait_until(condition: Callable[[], object], process: Command, seconds: float = 240) -> None:
+    """Looks every few milliseconds; fails if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended before it could be disturbed"
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.004)
 
 
 def truncate_checkpoint(workdir: pathlib.Path, step: int) -> None:

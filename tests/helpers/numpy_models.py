@@ -54,6 +54,17 @@ def pairwise_gain(w1, b1, w2, b2, grid, extent=None):
     return gain
 
 
+def pairwise_bias(table, grid):
+    """Swin's bias [H, N, N] of a table over (dy, dx), one pair of patches after the other."""
+    h, w = grid
+    bias = np.empty((table.shape[0], h * w, h * w))
+    for i in range(h * w):
+        for j in range(h * w):
+            dx, dy = j % w - i % w, j // w - i // w
+            bias[:, i, j] = table[:, dy + h - 1, dx + w - 1]
+    return bias
+
+
 def neighbourhood(grid, radius, num_prefix):
     """MaiT's mask [P+N, P+N], one pair after the other."""
     h, w = grid
@@ -100,6 +111,9 @@ def block(x, p, config, layer, grid, num_prefix):
         near = neighbourhood(grid, config.mask_shape, num_prefix)
         far = 0.0 if config.mask_kind == "soft" else -np.inf
         scores[:, head] = np.where(near, scores[:, head], far)
+    if layer < getattr(config, "position_bias_layers", 0):
+        bias = pairwise_bias(p[f"{name}/attn/position/table"], grid)
+        scores[:, :, num_prefix:, num_prefix:] += bias
     weights = mix_heads(softmax(scores), p, f"{name}/attn/mix_weights")
     out = np.concatenate([weights[:, h] @ v[..., part] for h, part in enumerate(columns)], -1)
     branch = linear(out, p, f"{name}/attn/proj")

@@ -358,5 +358,5 @@ def test_what_is_not_weights_is_one_clear_error(tmp_path, name, make, words):
 def test_without_pytorch_the_error_says_what_to_install(tmp_path, monkeypatch):
     path = save(tmp_path / "a.pth", WEIGHTS)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"pip install torch"):
+    with pytest.raises(InputError, match=r"pip install 'spvit_jax\[torch\]'"):
         files.read(path)

@@ -76,11 +76,12 @@ def assert_close(actual, expected, tolerance):
         ((5, 7), 1, 4, 60, {"mask": HARD}),
         ((2, 9), 1, 3, 96, {"spatial_prior": True, "mask": SOFT}),
         ((6, 3), 2, 4, 64, {"spatial_prior": True, "mask": HARD}),
+        ((3, 5), 1, 2, 32, {"spatial_prior": True, "position_bias": (3, 5), "mask": HARD}),
     ],
-    ids=["none", "prior", "soft", "hard", "prior and soft", "prior and hard"],
+    ids=["none", "prior", "soft", "hard", "prior and soft", "prior and hard", "all"],
 )
 def test_the_kernel_is_the_attention_of_xla(monkeypatch, grid, num_prefix, heads, head_dim, kind):
-    """Gradients too: of the input, of the projections, and through G of the prior's parameters."""
+    """Gradients too: of input and projections, through G of the prior's parameters, and of B's."""
     monkeypatch.setattr(plans, "_QUERY_BLOCK", 16)
     monkeypatch.setattr(plans, "_PROGRAM_TOKENS", 40)
     rng = np.random.default_rng(0)
@@ -131,7 +132,7 @@ def test_gain_and_bias_have_gradients_of_any_value(monkeypatch, by_itself):
 
 def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain():
     mesh = sharding.make_mesh(2, 4)
-    made = module(2, 32, "fused_interpret", spatial_prior=True, mask=HARD)
+    made = module(2, 32, "fused_interpret", spatial_prior=True, position_bias=(4, 4), mask=HARD)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16, 64)), jnp.float32)
     graphdef, state = nnx.split(made)
 

@@ -39,11 +39,11 @@ def checkout(tmp_path):
     return checkout
 
 
-def prepare(checkout, code=0, file="requirements.txt"):
+def prepare(checkout, *files, code=0):
     """Sources the file as the scripts do, from somewhere else; returns what was said."""
-    command = 'source "$0/launch/environment.sh" "$1" && pwd && echo "$TMPDIR"'
+    command = 'source "$0/launch/environment.sh" "$@" && pwd && echo "$TMPDIR"'
     result = subprocess.run(
-        ["bash", "-c", command, checkout, file],
+        ["bash", "-c", command, checkout, *(files or ["requirements.txt"])],
         env={"PATH": "/usr/bin:/bin", "PYTHON": str(checkout.parent / "my python/python")},
         cwd="/",
         capture_output=True,
@@ -63,11 +63,18 @@ def test_each_requirements_file_is_installed_once_per_content(checkout):
     assert "making a virtual environment" in said
     assert said.splitlines()[-2:] == [str(checkout), f"{checkout}/.venv/tmp"]
     assert "note: PYTHON is not used, since .venv is there" in prepare(checkout)
-    prepare(checkout, file="requirements-tpu.txt")
+    prepare(checkout, "requirements-tpu.txt")
     assert installs(checkout) == ["requirements.txt", "requirements-tpu.txt"]
     (checkout / "requirements.txt").write_text("jax==1\n")
     prepare(checkout)
     assert installs(checkout)[2:] == ["requirements.txt"]
+
+
+def test_a_second_file_is_installed_without_what_it_requires(checkout):
+    prepare(checkout, "requirements.txt", "requirements-onnx.txt")
+    *_, first, second = (checkout / ".venv/bin/calls").read_text().splitlines()
+    assert first == "-m pip install --quiet -r requirements.txt"
+    assert second == "-m pip install --quiet --no-deps -r requirements-onnx.txt"
 
 
 @pytest.mark.parametrize(

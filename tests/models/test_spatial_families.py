@@ -64,6 +64,7 @@ def test_parameters_and_macs_of_the_pyramids_are_exact(name):
 NEW_ARRAYS = {
     "cait_xxs24": {"depth": 2, "spatial_layers": 1, "distilled": True},
     "swin_t": {"depths": (1, 1), "spatial_layers": 1},
+    "deit_ti": {"depth": 2, "position_bias_layers": 1},
     "mait_pyramid_t": {"depths": (1, 1), "spatial_layers": 1, "distilled": True}
     | {"pos_conv": True, "layer_scale": 0.3},
 }
@@ -102,6 +103,12 @@ def test_heads_of_a_pyramid_are_masked_where_the_grid_is_large():
         ("mait_pyramid_t", {"spatial_layers": 13}, "the model has 12 layers"),
         ("swin_t", {"spatial_layers": -1}, "the model has 12 layers"),
         ("cait_s24", {"spatial_layers": 25}, "the model has 24 layers of patches"),
+        ("deit_s", {"position_bias_layers": 13}, "position_bias_layers is 13; the model has 12"),
+        (
+            "mait_s",
+            {"position_bias_layers": 1, "attention": "local"},
+            "'local', which knows no learned bias of masked heads",
+        ),
         ("deit_s", {"masked_heads": "stages"}, "masked_heads is 'stages', and the model has none"),
     ],
 )

@@ -53,6 +53,12 @@ CASES = {
         {"depth": 3, "stem_width": 8, "spatial_layers": 2, "masked_heads": (2, (0, 2), (1,))}
         | {"attention": "local", "mask_radius": (1, 2)},
     ),
+    "deit_position_bias": ("deit_ti", {"depth": 4, "position_bias_layers": 2}),
+    "masked_spvit_position_bias": (
+        "spvit_s",
+        {"depth": 3, "stem_width": 8, "spatial_layers": 2, "masked_heads": ((3, 2),)}
+        | {"position_bias_layers": 3, "distilled": True},
+    ),
     "mait_layerscale": ("mait_s_layerscale", {"depth": 3}),
     "masked_scaled_distilled_spvit": (
         "spvit_s",

@@ -96,5 +96,5 @@ def test_missing_libtpu_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
     )
-    with pytest.raises(InputError, match=r"pip install -r requirements-tpu\.txt"):
+    with pytest.raises(InputError, match=r"pip install 'spvit_jax\[tpu\]'"):
         libtpu.prepare()

@@ -1,8 +1,12 @@
-"""Commands that pack, make and show token labels; see the package.
+"""Packs, makes and shows token labels, a label for every patch of an image.
 
-python -m spvit_jax.data.token_labels pack --dataset=imagenet2012 --labels=DIR --output=FILE.npy
-python -m spvit_jax.data.token_labels make --config=CONFIG --checkpoint=PATH --output=FILE.npy
-python -m spvit_jax.data.token_labels show --dataset=digits --labels=FILE.npy --output=FILE.png
+    python -m spvit_jax.data.token_labels pack --dataset=imagenet2012 --labels=DIR --output=FILE.npy
+    python -m spvit_jax.data.token_labels make --config=CONFIG --checkpoint=PATH --output=FILE.npy
+    python -m spvit_jax.data.token_labels show --dataset=digits --labels=FILE.npy --output=FILE.png
+
+`pack` takes the published `.pt` files, named after the data set's images; `make` has a model with a
+dense head label the images of the training split; `show` draws one image and its labels. Training
+takes the file as `--config.token_labels.path`. Each has flags of its own: `pack --help`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from spvit_jax import atomic, cli, paths, plan
+from spvit_jax import atomic, cli, help, paths, plan
 from spvit_jax import config as config_lib
 from spvit_jax import weights as weights_lib
 from spvit_jax.augment import mix
@@ -88,8 +92,10 @@ def predicted(
     Raises:
       InputError: the model has no dense head, or its weights cannot be used.
     """
-    model = config_lib.model_settings(config, num_classes=source.num_classes)
-    found, model = weights_lib.find_fitting(path, model, which=which, weights=weights)
+    like = config_lib.model_settings(config, num_classes=source.num_classes)
+    found = weights_lib.find(path, like, which=which, weights=weights)
+    model = found.adopt_layer_kinds(like)
+    found.check(model)
     found.check_class_names(source.class_names, "choose a teacher of the same classes")
     if not getattr(model, "dense_head", False):
         raise InputError(f"{found.where} has no dense head; token labels need LV-ViT or SP-ViT")
@@ -151,8 +157,13 @@ def draw(image: np.ndarray, label_map: np.ndarray, path: epath.Path) -> None:
 def main() -> None:
     """Runs the command `pack`, `make` or `show` of the command line."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("--help", "-h"):
+        print(
+            help.description(help.program(sys.argv, sys.modules[__name__]), sys.modules[__name__])
+        )
+        return
     if name not in _COMMANDS:
-        cli.fail(f"expected one of {', '.join(_COMMANDS)}{nearest(name, _COMMANDS)}")
+        cli.fail(f"expected what to do with token labels, got {name!r}{nearest(name, _COMMANDS)}")
     del sys.argv[1]
     {"pack": _pack, "make": _make, "show": _show}[name]()
 
