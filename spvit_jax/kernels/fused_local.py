@@ -30,7 +30,7 @@ _BLOCKS = 44 * 2**20  # of these for blocks and buffers; the compiler needs some
 
 def supports(grid: Grid, radius: Radius, head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
     """Returns whether the kernel knows heads of a width on a grid, in a dtype."""
-    if jnp.dtype(dtype).name not in DTYPES or head_dim % _ROWS:
+    if jnp.dtype(dtype).name not in DTYPES or head_dim % _ROWS or min(radius) < 1:
         return False
     return _Blocks(grid, radius, "soft", head_dim, _LANES, jnp.dtype(dtype).itemsize).rows > 0
 
@@ -87,7 +87,8 @@ class _Blocks(NamedTuple):
             # Five arrays as blocks, two of each; two with their neighbours in float32.
             blocks = 10 * rows * row * self.itemsize + 4 * 2 * rows * weights
             buffers = 2 * 4 * (rows + 2 * reach) * row + 4 * (rows + 2 * reach) * weights
-            if height % rows == 0 and rows % reach == 0 and blocks + buffers <= _BLOCKS:
+            # The rows around a program are blocks of `reach` rows, which have to divide its own.
+            if height % rows == 0 == rows % reach and blocks + buffers <= _BLOCKS:
                 return rows
         return 0
 

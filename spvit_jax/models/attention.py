@@ -364,7 +364,7 @@ def _attend_nearby(
       gain: learned gain [H, offsets, offsets] in the neighbourhood, or None.
     """
     reach, kind = mask.reach(grid), mask.kind
-    if gain is None and runs_fused_local(grid, num_prefix, reach, qkv.shape[3], qkv.dtype):
+    if gain is None and runs_fused_local(qkv, grid, num_prefix, reach):
 
         def attend(qkv: jax.Array, _: None) -> jax.Array:
             return fused_local_attention(qkv, grid, radius=reach, kind=kind)

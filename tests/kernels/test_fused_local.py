@@ -87,6 +87,7 @@ def test_programs_divide_the_grids_of_the_pyramid():
 def test_what_the_kernel_does_not_know():
     assert not supports((8, 8), (1, 1), 24, "bfloat16")
     assert not supports((8, 8), (1, 1), 32, "float64")
+    assert not supports((1, 900), (0, 1), 32, "float32")
     assert not supports((7, 8), (2, 2), 32, "float32")  # rows in pairs
     assert not supports((1024, 1024), (1, 1), 64, "float32")  # a row of patches is too long
 
@@ -108,8 +109,12 @@ def test_a_layer_of_the_pyramid_compiles_for_a_tpu():
     def gradient(params, x):
         return jax.grad(lambda params: nnx.merge(graphdef, params)(x, grid).sum())(params)
 
-    x = shape_of(jax.ShapeDtypeStruct((images, grid[0] * grid[1], dim), jnp.bfloat16))
+    x, few = (
+        shape_of(jax.ShapeDtypeStruct((count, grid[0] * grid[1], dim), jnp.bfloat16))
+        for count in (images, 8)
+    )
     with jax.set_mesh(mesh):
+        assert "pallas_call" not in str(jax.make_jaxpr(gradient)(params, few))
         compiled = jax.jit(gradient).lower(jax.tree.map(shape_of, params), x).compile()
     lines = compiled.as_text().splitlines()
     kernels = {line.split("%")[1].split(".")[0] for line in lines if "tpu_custom_call" in line}
