@@ -39,7 +39,8 @@ def text(argv: list[str], module: ModuleType, operands: str = "") -> str:
       operands: what stands for the arguments that are no flags, such as "IMAGE…".
     """
     command = program(argv, module)
-    own = _flags_of(module.__name__)
+    # absl knows the module that was started by the name of its file.
+    own = _flags_of(argv[0] if module.__name__ == "__main__" else module.__name__)
     shared = _flags_of("spvit_jax.cli")
     config = [flag for flag in shared if flag.name == "config"]
     rest = [flag for flag in shared if flag.name != "config"]
