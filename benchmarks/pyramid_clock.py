@@ -11,6 +11,7 @@ MaiT's kernels count by their `CostEstimate`; what their instruction bundles add
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def clock_of(name: str, pixels: int, batch: int, topology_name: str, *, gradient
     whole = NamedSharding(mesh, P())
     graphdef, params = nnx.split(model_config(name, image_size=pixels, dtype="bfloat16").abstract())
 
-    def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    def shape_of(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
 
     def logits(params: nnx.State, images: jax.Array) -> jax.Array:
