@@ -208,7 +208,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a program takes the rows of others for a row outside of the grid",
-        "kernels/fused_local.py",
+        "kernels/local_plan.py",
         "jnp.where(exists, ref[...].astype(jnp.float32), 0.0)",
         "ref[...].astype(jnp.float32)",
         "kernels/test_fused_local.py::test_the_kernel_equals_the_slices",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spvit_jax.kernels import fused_local
 from spvit_jax.kernels.fused_local import fused_local_attention, supports
 from spvit_jax.kernels.local import local_attention
+from spvit_jax.kernels.local_plan import LocalPlan
 from spvit_jax.models import model_config
 from spvit_jax.models.attention import Attention
 from spvit_jax.models.spatial import LocalityMask
@@ -53,7 +53,7 @@ def with_gradient(function, qkv, direction):
 def test_the_kernel_equals_the_slices(case, monkeypatch):
     """In programs of fewer rows than the grid has, so that neighbours lie in others."""
     grid, radius, kind, images = CASES[case]
-    monkeypatch.setattr(fused_local._Blocks, "rows", radius[0])
+    monkeypatch.setattr(LocalPlan, "rows", radius[0])
     qkv, direction = inputs(grid, images)
     ours = functools.partial(fused_local_attention, interpret=True)
     results = [
