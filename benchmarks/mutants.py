@@ -26,7 +26,7 @@ from absl import app
 from tests.helpers.mutants import MUTANTS, Mutant
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-_TREE = ("spvit_jax", "configs", "benchmarks", "tests", "pyproject.toml")
+_TREE = ("spvit_jax", "configs", "benchmarks", "docs", "tests", "pyproject.toml")
 
 
 def copy_tree(root: pathlib.Path, copy: pathlib.Path) -> None:

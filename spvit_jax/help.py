@@ -44,9 +44,10 @@ def text(argv: list[str], module: ModuleType, operands: str = "") -> str:
     shared = _flags_of("spvit_jax.cli")
     config = [flag for flag in shared if flag.name == "config"]
     rest = [flag for flag in shared if flag.name != "config"]
-    usage = " ".join([command, *([operands] if operands else []), "[--FLAG=VALUE …]"])
-    parts = [f"usage: {usage}", description(command, module)]
-    if described := [_describe(flag) for flag in [*config, *own, *rest]]:
+    described = [_describe(flag) for flag in [*config, *own, *rest]]
+    words = [command, operands, "[--FLAG=VALUE …]" if described else ""]
+    parts = [f"usage: {' '.join(filter(None, words))}", description(command, module)]
+    if described:
         parts.append("\n".join(["flags:", *described]))
     if config:
         parts.append(textwrap.fill(_MORE, _WIDTH))
@@ -94,8 +95,9 @@ def _describe(flag: flags.Flag) -> str:
     if several:
         meaning += " May be given several times."
     if any(_REQUIRED.match(validator.message) for validator in flag.validators):
-        meaning += " Required."
-    if flag.default not in (None, False, [], ""):
+        is_known = flag.name == "config" and "checkpoint" in flags.FLAGS
+        meaning += f" Required{', unless the checkpoint is of a run' if is_known else ''}."
+    if flag.default not in (None, [], "") and flag.default is not False:
         default = flag.default
         meaning += f" Default: {', '.join(default) if isinstance(default, list) else default}."
     lines = textwrap.wrap(meaning, _WIDTH - 26) or [""]

@@ -88,6 +88,7 @@ def test_help_is_in_the_words_of_the_caller(environment):
     assert "repeat this option" not in said
     said = run(environment, "__main__", "evaluate", "--help").stdout
     assert "\n    spvit-jax evaluate --config=spvit:s,384 --checkpoint=spvit_s.pth.tar\n" in said
+    assert "Required, unless the checkpoint is of a run." in " ".join(said.split())
     said = run(environment, "__main__", "token-labels", "--help").stdout
     assert "\n    spvit-jax token-labels pack --dataset=imagenet2012 --labels=DIR" in said
 

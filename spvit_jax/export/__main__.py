@@ -19,7 +19,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from spvit_jax import atomic, cli, paths
 from spvit_jax.errors import InputError, nearest, writing
 from spvit_jax.export.program import IMAGES, LOGITS, PLATFORMS, Program
 from spvit_jax.inference import Inference
+from spvit_jax.models.implementation import Implementation
 
 DESCRIPTION = "export.json"
 _MODULES = {"stablehlo": "stablehlo", "tf_saved_model": "saved_model", "onnx": "onnx"}
@@ -95,12 +96,13 @@ def export(
         raise InputError(f"{output} exists; choose another --output or remove it")
     module = _module(format)
     inference = Inference.of(checkpoint, config, which=which, weights=weights)
-    # Plain operations of XLA: the program is for any device, and not for those of this machine.
-    attention = "xla" if format == "onnx" else "auto"
-    settings = {"dtype": dtype, "attention": attention, "scan": False, "remat": False}
-    inference = dataclasses.replace(
-        inference, model=dataclasses.replace(inference.model, **cast(Any, settings))
+    # On the CPU that traces it "auto" is plain XLA, for any device. jax2onnx does not know the
+    # loops that compute masked heads at linear cost.
+    attention: Implementation = "xla" if format == "onnx" else "auto"
+    model = dataclasses.replace(
+        inference.model, dtype=dtype, attention=attention, scan=False, remat=False
     )
+    inference = dataclasses.replace(inference, model=model)
     program = Program.of(inference)
     with writing(output), _new_folder(output) as folder:
         module.write(folder, program, platforms)
@@ -198,6 +200,8 @@ def main() -> None:
     def run() -> None:
         # Whatever this machine has, a program is traced for no device in particular.
         jax.config.update("jax_platforms", "cpu")
+        # Nor does it say in which folder the code was.
+        jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
         folder = paths.parse_output(output.value)
         done = export(
             paths.parse(path.value),

@@ -1,6 +1,6 @@
 """ONNX by jax2onnx, with the weights inside; it runs wherever onnxruntime does.
 
-jax2onnx requires an older orbax-checkpoint than this package, for its examples alone, so that pip
+jax2onnx requires an older orbax-checkpoint than this package, which it does not import, so that pip
 installs it only without what it requires.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from spvit_jax.errors import InputError
+from spvit_jax.errors import InputError, first_line
 from spvit_jax.export.program import IMAGES, LOGITS, Program
 
 _FILE = "model.onnx"
@@ -38,16 +38,23 @@ def write(folder: pathlib.Path, program: Program, platforms: tuple[str, ...]) ->
     import jax2onnx
 
     weights = {name: jnp.asarray(array) for name, array in program.weights.items()}
-    jax2onnx.to_onnx(
-        lambda images: program.function(weights, images),
-        [program.images()],
-        model_name="spvit_jax",
-        opset=_OPSET,
-        return_mode="file",
-        output_path=folder / _FILE,
-        input_names=[IMAGES],
-        output_names=[LOGITS],
-    )
+    try:
+        jax2onnx.to_onnx(
+            lambda images: program.function(weights, images),
+            [program.images()],
+            model_name="spvit_jax",
+            opset=_OPSET,
+            return_mode="file",
+            output_path=folder / _FILE,
+            input_names=[IMAGES],
+            output_names=[LOGITS],
+        )
+    except OSError:
+        raise
+    except Exception as error:  # whatever an operation that it does not know makes it raise
+        raise InputError(
+            f"jax2onnx cannot write this model: {first_line(error)}; choose another --format"
+        ) from error
 
 
 def load(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -128,8 +128,10 @@ def test_the_command(exported, environment):
     assert lines[-1] == (
         f"wrote     {output}: images uint8 [batch, 16, 24, 3] to logits [batch, 5]"
     )
-    program = jax.export.deserialize(bytearray((output / "program.jax_export").read_bytes()))
-    assert program.platforms == ("tpu", "cpu")
+    written = (output / "program.jax_export").read_bytes()
+    assert jax.export.deserialize(bytearray(written)).platforms == ("tpu", "cpu")
+    assert b"vit.py" in written
+    assert str(REPOSITORY).encode() not in written
     result = run(environment, "export", *args, check=False)
     assert (result.returncode, result.stderr.splitlines()[-1]) == (
         2,
