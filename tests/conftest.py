@@ -27,17 +27,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Looking for cycles among the millions of objects of JAX's tracing takes a sixth of the time.
 gc.set_threshold(100_000, 20, 20)
 
-# Each takes minutes: begun last, one of them would keep one worker busy while the others are done.
+# Each takes a minute or more: begun last, it would keep one worker busy while the other is done.
 SLOWEST = (
     "distributed/test_cluster.py",
+    "preflight/test_roofline.py",
+    "interop/test_parity.py",
     "test_end_to_end.py",
+    "preflight/test_command.py",
     "training/test_step.py",
     "test_convert.py",
-    "interop/test_parity.py",
-    "preflight/test_roofline.py",
     "test_imagenet.py",
     "test_token_labels.py",
     "models/test_loop.py",
+    "kernels/test_fused.py",
+    "test_bucket_run.py",
+    "data/test_imagenet.py",
 )
 
 

@@ -258,7 +258,7 @@ def _products_by_channel(x: jax.Array, padded: jax.Array, radius: Radius) -> jax
         return tuple(total + a * y for total, y in zip(sums, _neighbours(b, radius), strict=True))
 
     zeros = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
-    sums = (zeros,) * len(_offsets(radius))
+    sums = (zeros,) * len(neighbour_offsets(radius))
     return jnp.stack(jax.lax.fori_loop(0, x.shape[1], add_channel, sums, unroll=4))
 
 
@@ -285,7 +285,7 @@ def _reflect(weights: jax.Array, radius: Radius) -> jax.Array:
     return jnp.stack([_neighbours(each, radius)[o] for o, each in enumerate(padded)])
 
 
-def _offsets(radius: Radius) -> list[tuple[int, int]]:
+def neighbour_offsets(radius: Radius) -> list[tuple[int, int]]:
     """Returns the offsets (dy, dx) of a neighbourhood, row by row."""
     rows, columns = radius
     return [(dy, dx) for dy in range(-rows, rows + 1) for dx in range(-columns, columns + 1)]
@@ -302,11 +302,16 @@ def _neighbours(padded: Any, radius: Radius) -> list[Any]:
     h, w = height - 2 * rows, width - 2 * columns
     return [
         padded[..., rows + dy : rows + dy + h, columns + dx : columns + dx + w]
-        for dy, dx in _offsets(radius)
+        for dy, dx in neighbour_offsets(radius)
     ]
+
+
+def reaches_neighbour(grid: Grid, radius: Radius) -> np.ndarray:
+    """Returns whether the neighbour of each patch at each offset is on the grid [offsets, h, w]."""
+    inside = np.pad(np.ones(grid, bool), [(r, r) for r in radius])
+    return np.stack(_neighbours(inside, radius))
 
 
 def _outside_bias(grid: Grid, radius: Radius) -> np.ndarray:
     """Returns -inf where a neighbour lies outside of the grid, else 0: [offsets, 1, 1, h, w]."""
-    inside = np.pad(np.ones(grid, bool), [(r, r) for r in radius])
-    return np.where(np.stack(_neighbours(inside, radius)), 0, -np.inf)[:, None, None]
+    return np.where(reaches_neighbour(grid, radius), 0, -np.inf)[:, None, None]

@@ -18,9 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.fused import fused_attention
+from spvit_jax.kernels.fused_local import fused_local_attention
 from spvit_jax.kernels.local import local_attention
 from spvit_jax.kernels.mesh import on_each_device
-from spvit_jax.models.implementation import Implementation, check, choose, is_local
+from spvit_jax.models.implementation import (
+    Implementation,
+    check,
+    choose,
+    is_local,
+    runs_fused_local,
+)
 from spvit_jax.models.initializers import linear_kernel
 from spvit_jax.models.layers import Linear, accumulation_dtype
 from spvit_jax.models.spatial import (
@@ -282,14 +289,12 @@ class Attention(nnx.Module):
         out_kernel = self.proj.kernel[...].astype(dtype).reshape(*heads[1:], dim)
 
         with jax.named_scope("qkv"):
-            qkv = jnp.einsum("bnc,cthd->thdbn", x, _take(kernel, mask.heads, axis=2))
+            qkv = jnp.einsum("bnc,cthd->bthdn", x, _take(kernel, mask.heads, axis=2))
             if bias is not None:
-                qkv += _take(bias, mask.heads, axis=1)[..., None, None]
-            q, k, v = qkv
-        reach, kind = mask.reach(grid), mask.kind
-        local = local_attention(q, k, v, grid, num_prefix, radius=reach, kind=kind, gain=local_gain)
+                qkv += _take(bias, mask.heads, axis=1)[..., None]
+        local = _attend_nearby(qkv, grid, num_prefix, mask, local_gain)
         with jax.named_scope("proj"):
-            out = jnp.einsum("hdbn,hdc->bnc", local, _take(out_kernel, mask.heads, axis=0))
+            out = jnp.einsum("bhdn,hdc->bnc", local, _take(out_kernel, mask.heads, axis=0))
             out += self.proj.bias[...].astype(dtype)  # type: ignore[index]  # it has one
         if not others:
             return out
@@ -344,6 +349,30 @@ def split_heads(qkv: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array, j
     """Splits a projection [B, n, 3·H·d] into queries, keys and values [B, n, H, d]."""
     qkv = qkv.reshape(*qkv.shape[:-1], 3, num_heads, -1)
     return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+
+def _attend_nearby(
+    qkv: jax.Array, grid: Grid, num_prefix: int, mask: LocalityMask, gain: jax.Array | None
+) -> jax.Array:
+    """Returns the masked heads' attention [B, H, d, P+N], at linear cost.
+
+    Args:
+      qkv: queries, keys and values of the masked heads [B, 3, H, d, P+N].
+      grid: rows and columns of patches.
+      num_prefix: number P of prefix tokens.
+      mask: neighbourhood of the heads.
+      gain: learned gain [H, offsets, offsets] in the neighbourhood, or None.
+    """
+    reach, kind = mask.reach(grid), mask.kind
+    if gain is None and runs_fused_local(qkv, grid, num_prefix, reach):
+
+        def attend(qkv: jax.Array, _: None) -> jax.Array:
+            return fused_local_attention(qkv, grid, radius=reach, kind=kind)
+
+        return checkpoint_name(on_each_device(attend, qkv, None), CONTEXT)
+    q, k, v = qkv.transpose(1, 2, 3, 0, 4)
+    out = local_attention(q, k, v, grid, num_prefix, radius=reach, kind=kind, gain=gain)
+    return out.transpose(2, 0, 1, 3)
 
 
 def _take(array: jax.Array, heads: Sequence[int], *, axis: int) -> jax.Array:

@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from spvit_jax.errors import InputError
-from spvit_jax.kernels import fused
+from spvit_jax.kernels import fused, fused_local
+from spvit_jax.kernels.local import Grid, Radius
 from spvit_jax.kernels.plan import Plan
 
 Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
 
 _KERNELS = ("local", "fused", "fused_interpret")
-# Number of tokens from which masked heads are faster by `kernels.local`: on CPUs as measured by
-# `benchmarks.local_attention`, elsewhere where the N×N scores begin to fill the memory.
+# Number of tokens from which masked heads are faster at linear cost: on CPUs as measured by
+# `benchmarks.local_attention`; elsewhere about where, on a TPU v5e, the bundles of `fused_local`
+# for a head become fewer than those of `fused` (576 tokens take both about a microsecond).
 _LOCAL_FROM = {"cpu": 150}
 _LOCAL_FROM_ELSEWHERE = 700
+# Number of images on a device from which `fused_local`, whose lanes are images, is faster than XLA.
+_FUSED_LOCAL_FROM = 32
 
 
 def choose(
@@ -66,6 +70,21 @@ def is_local(requested: Implementation, num_tokens: int) -> bool:
     if requested == "auto":
         return num_tokens >= _LOCAL_FROM.get(platform(), _LOCAL_FROM_ELSEWHERE)
     return requested == "local"
+
+
+def runs_fused_local(qkv: jax.Array, grid: Grid, num_prefix: int, radius: Radius) -> bool:
+    """Returns whether local heads without a learned gain run as a kernel for TPUs.
+
+    Args:
+      qkv: queries, keys and values [B, 3, H, d, P+N].
+      grid: rows and columns of patches (h, w).
+      num_prefix: number P of prefix tokens.
+      radius: (rows, columns) of the neighbourhood.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    images = qkv.shape[0] if mesh.empty else qkv.shape[0] // mesh.size
+    known = not num_prefix and fused_local.supports(grid, radius, qkv.shape[3], qkv.dtype)
+    return known and images >= _FUSED_LOCAL_FROM and platform() == "tpu"
 
 
 def platform() -> str:

@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterable
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?:\s([> ]*)\{(.*)$")
-_EXIT = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder (%s\w+), (\d+)")
+_IF = r"(?:\(!?%p\w+\), )?"  # condition of an instruction
+_EXIT = re.compile(rf"(%p\w+) = scmp\.ge\.s32\.totalorder {_IF}(%s\w+), (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(!(%p\w+)\) target = (\$region\d+)")
-_COUNTER = re.compile(r"(%s\w+) = sadd\.s32 (\d+), (%s\w+)")
+_COUNTER = re.compile(rf"(%s\w+) = sadd\.s32 {_IF}(\d+), (%s\w+)")
 _PHI = re.compile(r"(%s\w+) = sphi (%s\w+),")
 _START = re.compile(r"(%s\w+) = smov (\d+)")
 
@@ -73,20 +74,35 @@ def count_cycles(text: str) -> int | None:
         bundles[innermost[depth]] += 1
     rounds = [1]
     for label, parent in zip(regions[1:], parents[1:], strict=True):
-        own = _rounds(text, label)
+        own = _programs(text, label) if parent == 0 else None
+        own = own or _rounds(text, label)
         if own is None:
             return None
         rounds.append(own * rounds[parent])
     return sum(count * times for count, times in zip(bundles, rounds, strict=True))
 
 
-def _rounds(text: str, region: str) -> int | None:
-    """Returns how often a loop runs that starts at a region; None if that cannot be read."""
+def _programs(text: str, region: str) -> int | None:
+    """Returns the number of programs if the loop that starts at a region is that over the grid."""
+    grid = re.search(r"^\s*iteration_bounds: \(([\d, ]+)\)", text, re.MULTILINE)
+    if grid is None or (exit_test := _exit_test(text, region)) is None:
+        return None
+    programs = math.prod(int(side) for side in re.findall(r"\d+", grid[1]))
+    return programs if exit_test[1] == programs + 2 else None  # a pipeline fills and drains
+
+
+def _exit_test(text: str, region: str) -> tuple[str, int] | None:
+    """Returns the counter of a loop that starts at a region, and the value at which it ends."""
     exits = {pred: (counter, int(end)) for pred, counter, end in _EXIT.findall(text)}
     tests = [exits.get(pred) for pred, target in _BRANCH.findall(text) if target == region]
-    if not region or len(tests) != 1 or tests[0] is None:
+    return tests[0] if region and len(tests) == 1 else None
+
+
+def _rounds(text: str, region: str) -> int | None:
+    """Returns how often a loop runs that starts at a region; None if that cannot be read."""
+    if (exit_test := _exit_test(text, region)) is None:
         return None
-    counter, end = tests[0]
+    counter, end = exit_test
     steps = {name: (int(step), before) for name, step, before in _COUNTER.findall(text)}
     starts = {name: int(value) for name, value in _START.findall(text)}
     if counter not in steps:
@@ -95,7 +111,4 @@ def _rounds(text: str, region: str) -> int | None:
     start = starts.get(dict(_PHI.findall(text)).get(before, ""))
     if start is None or not step:
         return None
-    rounds = math.ceil((end - start) / step)
-    grid = re.search(r"^\s*iteration_bounds: \(([\d, ]+)\)", text, re.MULTILINE)
-    programs = math.prod(int(side) for side in re.findall(r"\d+", grid[1])) if grid else 0
-    return programs if rounds == programs + 2 else rounds  # a pipeline fills and drains
+    return math.ceil((end - start) / step)

@@ -72,13 +72,25 @@ def _read(program: HloModule, instruction: Instruction) -> list[_Move]:
     if instruction.moves_nothing:
         return []
     moves = []
-    for index, name in enumerate(instruction.operands):
+    operands = list(enumerate(instruction.operands))
+    if kernels.is_kernel(instruction):
+        # It takes an array once for each kind of block; its own estimate says how often it reads.
+        arrays = {_array_of(program, name): (index, name) for index, name in operands}
+        operands = list(arrays.values())
+    for index, name in operands:
         part = _part_read(program, instruction, index)
         moves += [
             _Move(array.allocated if part is None else min(part, array.allocated), array.in_hbm)
             for array in program.instructions[name].arrays
         ]
     return moves
+
+
+def _array_of(program: HloModule, name: str) -> str:
+    """Returns the name of the instruction whose array another one is, by another shape."""
+    while program.instructions[name].opcode == "bitcast":
+        name = program.instructions[name].operands[0]
+    return name
 
 
 def _written(program: HloModule, instruction: Instruction) -> list[_Move]:

@@ -207,6 +207,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/test_local.py::test_local_attention_equals_the_matrices",
     ),
     Mutant(
+        "a program takes the rows of others for a row outside of the grid",
+        "kernels/local_plan.py",
+        "jnp.where(exists, ref[...].astype(jnp.float32), 0.0)",
+        "ref[...].astype(jnp.float32)",
+        "kernels/test_fused_local.py::test_the_kernel_equals_the_slices",
+    ),
+    Mutant(
+        "a neighbour's gradient is that of the pair the other way",
+        "kernels/fused_local.py",
+        "slice(-1 - index, dscores.shape[0] - index)",
+        "slice(index, index + 1)",
+        "kernels/test_fused_local.py::test_the_kernel_equals_the_slices",
+    ),
+    Mutant(
+        "a kernel's values lack the gradient of the patches far away",
+        "kernels/fused_local.py",
+        "dk, dv = jnp.zeros_like(from_far), from_far",
+        "dk, dv = jnp.zeros_like(from_far), jnp.zeros_like(from_far)",
+        "kernels/test_fused_local.py::test_the_kernel_equals_the_slices",
+    ),
+    Mutant(
         "rows and columns of a local neighbourhood are exchanged",
         "models/spatial.py",
         "return min(self.radius[0], grid[0] - 1), min(self.radius[1], grid[1] - 1)",

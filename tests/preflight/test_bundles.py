@@ -37,6 +37,18 @@ def test_the_grid_alone_has_a_pipeline():
     assert bundles.count_cycles(without) == 3 + 8 * (5 + 3 * 2)
 
 
+def test_a_counter_of_the_grid_may_have_been_stored_meanwhile():
+    stored = TEXT.replace("sadd.s32 1, %s3_s3", "sadd.s32 1, %s8_s8")
+    assert bundles.count_cycles(stored) == bundles.count_cycles(TEXT)
+
+
+def test_an_instruction_may_have_a_condition():
+    """Such as the end of a loop around another one."""
+    text = TEXT.replace("s32 2, %s6_s6", "s32 (%p3_p3), 2, %s6_s6")
+    text = text.replace("totalorder %s5_s5", "totalorder (%p3_p3), %s5_s5")
+    assert bundles.count_cycles(text) == bundles.count_cycles(TEXT)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -89,3 +89,23 @@ def test_a_kernel_counts_as_its_author_says(device):
         cost = count_cost(compiled(device, call(cost_estimate=estimate), [((1024, 256), FLOAT)]))
         assert cost.macs == macs
         assert cost.bytes == pytest.approx(moved, rel=0.01)
+
+
+def test_a_kernel_that_takes_an_array_twice_reads_it_once(device):
+    """As queries and as keys, say, of one projection, here by two names of two shapes."""
+
+    def kernel(x, y, out):
+        out[...] = x[0] + y[...]
+
+    def function(x):
+        block = pl.BlockSpec((256, 256), lambda row: (row, 0))
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((1024, 256), np.float32),
+            grid=(4,),
+            in_specs=[pl.BlockSpec((1, 256, 256), lambda row: (0, row, 0)), block],
+            out_specs=block,
+        )(x[None], x)
+
+    cost = count_cost(compiled(device, function, [((1024, 256), FLOAT)]))
+    assert cost.bytes == pytest.approx(2 * 4 * 1024 * 256, rel=0.01)
