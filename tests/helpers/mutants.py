@@ -780,11 +780,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "export/test_export.py::test_programs_give_the_models_logits_without_the_package",
     ),
     Mutant(
-        "a SavedModel takes its weights in the opposite order",
-        "export/saved_model.py",
-        "for weights in program.weights.values()",
-        "for weights in reversed(program.weights.values())",
-        "export/test_export.py::test_programs_give_the_models_logits_without_the_package",
+        "a program is written whatever logits it gives",
+        "export/__main__.py",
+        "if not difference < _TOLERANCE[dtype]:",
+        "if difference < 0:",
+        "export/test_export.py::test_a_program_that_is_wrong_is_not_written",
     ),
     # What heads do.
     Mutant(
