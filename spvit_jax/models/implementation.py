@@ -81,10 +81,13 @@ def runs_fused_local(qkv: jax.Array, grid: Grid, num_prefix: int, radius: Radius
       num_prefix: number P of prefix tokens.
       radius: (rows, columns) of the neighbourhood.
     """
+    if platform() != "tpu" or num_prefix:
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     images = qkv.shape[0] if mesh.empty else qkv.shape[0] // mesh.size
-    known = not num_prefix and fused_local.supports(grid, radius, qkv.shape[3], qkv.dtype)
-    return known and images >= _FUSED_LOCAL_FROM and platform() == "tpu"
+    return images >= _FUSED_LOCAL_FROM and fused_local.supports(
+        grid, radius, qkv.shape[3], qkv.dtype
+    )
 
 
 def platform() -> str:

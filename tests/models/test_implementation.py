@@ -96,3 +96,11 @@ def test_weights_do_not_say_how_attention_is_computed(tmp_path):
     checkpoint.save_variables(tmp_path / "weights", variables, model)
     found = weights.find(tmp_path / "weights", None)
     assert found.config == dataclasses.replace(model, attention="auto")
+
+
+def test_masked_heads_at_linear_cost_are_traced_for_any_number_of_images():
+    """As an exported program is."""
+    model = create_model("mait_pyramid_t", image_size=64, depths=(1,), attention="local")
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 64, 64, 3), "float32")
+    assert jax.eval_shape(model, images).shape == (batch, 1000)
