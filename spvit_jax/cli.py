@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -51,8 +52,9 @@ def run(main: Callable[..., object], *, operands: str = "") -> None:
             if code is None:
                 raise
             if isinstance(error, WriteError):
-                # Coroutines that orbax leaves behind would print tracebacks at exit.
+                # Coroutines that orbax leaves behind would print tracebacks and warnings at exit.
                 sys.unraisablehook = lambda _: None
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             fail(error, code)
         finally:
             logs.flush()

@@ -21,6 +21,7 @@ from spvit_jax.data.tensorflow import tf
 from spvit_jax.errors import InputError
 from tests.helpers import REPOSITORY, archives
 from tests.helpers.bucket import serving
+from tests.helpers.commands import run
 
 SHARDS = 5
 
@@ -338,15 +339,9 @@ def test_a_wrong_number_of_classes_is_refused(manual_dir, tmp_path, monkeypatch)
         imagenet.prepare(manual_dir, tmp_path)
 
 
-def run_prepare(*args, **options):
-    command = [sys.executable, "-m", "spvit_jax.data.prepare", *args]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, **options)
-
-
-def test_the_command_says_what_it_made(manual_dir, tmp_path):
+def test_the_command_says_what_it_made(manual_dir, tmp_path, environment):
     args = [f"--manual_dir={manual_dir}", f"--data_dir={tmp_path}", "--partial"]
-    result = run_prepare(*args)
-    assert result.returncode == 0, result.stderr
+    result = run(environment, "data.prepare", *args)
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["imagenet2012", str(folder(tmp_path))]
     size = sum(path.stat().st_size for path in folder(tmp_path).glob("*-train.array_record*"))
@@ -357,7 +352,7 @@ def test_the_command_says_what_it_made(manual_dir, tmp_path):
     image = datasets.load("imagenet2012", "train", str(tmp_path)).fetch(np.array([0]))[0][0]
     shape = "×".join(map(str, tf.io.decode_image(image).shape))
     assert f"the first: {shape} pixels of mean" in lines[2]
-    assert run_prepare(*args).stdout == result.stdout  # prepared already
+    assert run(environment, "data.prepare", *args).stdout == result.stdout  # prepared already
 
 
 @pytest.mark.parametrize(
@@ -369,8 +364,9 @@ def test_the_command_says_what_it_made(manual_dir, tmp_path):
         (["--dataset=imdb_reviews"], "'imdb_reviews' has the features label, text; expected"),
     ],
 )
-def test_the_command_started_wrong(args, words, tmp_path):
-    result = run_prepare(*args, f"--data_dir={tmp_path}")
+def test_the_command_started_wrong(args, words, tmp_path, environment):
+    args = (*args, f"--data_dir={tmp_path}")
+    result = run(environment, "data.prepare", *args, check=False)
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
