@@ -20,17 +20,20 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.calibrate import clock_of
+from benchmarks.plain_vit import Program
 from spvit_jax.models import model_config
-from spvit_jax.preflight import hlo, libtpu
-from spvit_jax.preflight.clock import Clock, read_clock
+from spvit_jax.preflight import libtpu
 from spvit_jax.preflight.topology import get_topology
 from spvit_jax.training import sharding
 
 MODELS = ("mait_pyramid", "swin")
 
 
-def clock_of(name: str, pixels: int, batch: int, topology_name: str, *, gradient: bool) -> Clock:
-    """Returns the expected time of a model on one chip of a topology.
+def expected_seconds(
+    name: str, pixels: int, batch: int, topology_name: str, *, gradient: bool
+) -> float:
+    """Returns the expected seconds of a model on one chip of a topology.
 
     Args:
       name: name of the model.
@@ -56,8 +59,8 @@ def clock_of(name: str, pixels: int, batch: int, topology_name: str, *, gradient
     images = shape_of(jax.ShapeDtypeStruct((batch, pixels, pixels, 3), jnp.bfloat16))
     with jax.set_mesh(mesh):
         function = jax.jit(jax.grad(loss) if gradient else logits)
-        compiled = function.lower(jax.tree.map(shape_of, params), images).compile()
-    return read_clock(hlo.parse(compiled.as_text() or ""), topology.chip)
+        program = Program(function, (jax.tree.map(shape_of, params), images))
+        return clock_of(program, topology.chip, 1).seconds
 
 
 def main(argv: list[str]) -> None:
@@ -72,9 +75,9 @@ def main(argv: list[str]) -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for size, pixels in itertools.product(args.sizes, map(int, args.pixels)):
         seconds = [
-            clock_of(
+            expected_seconds(
                 f"{model}_{size}", pixels, args.batch, args.topology, gradient=args.gradient
-            ).seconds
+            )
             for model in MODELS
         ]
         cells = [f"{1000 * s:.1f} | {args.batch / s:,.0f}" for s in seconds]

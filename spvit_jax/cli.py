@@ -32,6 +32,9 @@ _CONFIG_HELP = (
     "package or as a file, configs/spvit.py:s,384."
 )
 
+# Of the flag --checkpoint, where it takes all that `weights.find` does.
+CHECKPOINT_HELP = "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO."
+
 
 def run(main: Callable[..., object], *, operands: str = "") -> None:
     """Parses the flags and runs a command; an error that is no bug is printed as one line.

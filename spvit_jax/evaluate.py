@@ -98,8 +98,7 @@ def evaluate_checkpoint(
         if results is None:
             return None
         if report is not None and distributed.is_primary():
-            with writing(report):
-                ClassReport(*counter.counts(), plan.source.class_names).write(report)
+            ClassReport(*counter.counts(), plan.source.class_names).write(report)
         return results | {
             "images_per_second": results["count"] / timeline.seconds()[EVALUATION],
             "weights": "ema" if plan.weights.is_average else "model",
@@ -109,12 +108,7 @@ def evaluate_checkpoint(
 def main() -> None:
     """Runs `python -m spvit_jax.evaluate`."""
     config = cli.config_flag()
-    path = flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
-        required=True,
-    )
+    path = flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT_HELP, required=True)
     weights = cli.weights_flags()
     split = flags.DEFINE_string("split", None, "Split of the data set; default data.eval_split.")
     output = flags.DEFINE_string("json", None, "File to write the results to.")

@@ -155,12 +155,7 @@ def _read(path: epath.Path, transform: EvalTransform) -> np.ndarray:
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag(required=False)
-    path = flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
-        required=True,
-    )
+    path = flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT_HELP, required=True)
     top = flags.DEFINE_integer("top", 5, "Classes to print for each image.", lower_bound=1)
     output = flags.DEFINE_string("json", None, "File to write the predictions to.")
     picture = flags.DEFINE_string(

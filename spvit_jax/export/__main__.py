@@ -178,12 +178,7 @@ def _describe(inference: Inference, format: str) -> dict[str, Any]:
 def main() -> None:
     """Defines the flags and runs the command."""
     config = cli.config_flag(required=False)
-    path = flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Workdir, a checkpoint in it, a file of PyTorch, or hf:OWNER/REPO.",
-        required=True,
-    )
+    path = flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT_HELP, required=True)
     output = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
     format = flags.DEFINE_enum("format", None, list(_MODULES), "Format to write.", required=True)
     dtype = flags.DEFINE_enum(
