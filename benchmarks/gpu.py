@@ -131,7 +131,9 @@ def ours(name: str, pixels: int, batch: int, *, train: bool) -> Run:
 
 def theirs(name: str, pixels: int, batch: int, device: str, *, train: bool) -> Run:
     """Returns what `ours` does of a model of timm's, compiled by PyTorch."""
-    size = {"img_size": pixels, "window_size": pixels // 32} if "swin" in name else {}
+    size: dict[str, Any] = {"img_size": pixels}
+    if "swin" in name:
+        size["window_size"] = pixels // 32
     model = timm.create_model(name, **size).to(device).eval()
     shape = (batch, pixels, pixels, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
