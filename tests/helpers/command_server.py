@@ -28,7 +28,7 @@ def execute(module, args, environment, *outputs):
         os.close(opened)
     for name, value in environment.items():
         if name.startswith("JAX_") and os.environ.get(name) != value:
-            jax.config.update(name.lower(), int(value))  # JAX reads them when it is imported
+            jax.config.update(name.lower(), int(value) if value.isdigit() else value)  # JAX reads them when it is imported
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.environ.clear()
     os.environ.update(environment)

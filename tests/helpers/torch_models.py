@@ -34,10 +34,15 @@ class SpatialAttention(nn.Module):
             axis.flatten().to(x)
             for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
         )
-        # From query i to key j: first right, then down.
-        offset = torch.stack([x_[None, :] - x_[:, None], y[None, :] - y[:, None]], -1)
-        hidden = F.relu(self.w1(offset)) * self.w2[:, 0]
-        gain = hidden.reshape(*offset.shape[:2], self.heads, d).sum(-1) + self.b2
+        # From query i to key j: first right, then down. One query after the other, for all pairs'
+        # hidden units together are half a gigabyte.
+        gain = torch.stack(
+            [
+                (F.relu(self.w1(offset)) * self.w2[:, 0]).unflatten(1, (self.heads, d)).sum(-1)
+                for offset in torch.stack([x_[None, :] - x_[:, None], y[None, :] - y[:, None]], -1)
+            ]
+        )
+        gain = gain + self.b2
         scores = mask_heads(scores * gain.permute(2, 0, 1), grid, num_prefix, masked, radius, hard)
         out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), self.v(x).reshape(split))
         return self.proj(out.reshape(batch, n, dim))

@@ -15,7 +15,6 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -r requirements-tpu.txt",
 )
-compiles_for_tpus = [needs_libtpu, pytest.mark.usefixtures("optimized")]
 
 DIGITS = DataSize(num_train=1297, num_eval=500, num_classes=10)
 # Wide enough that tiles of TPUs are full and products count, and so many images that their

@@ -87,12 +87,15 @@ def torch_module(config, timm_name, dtype, **settings):
     return randomise(module.to(dtype))
 
 
-def difference(module, config, images, **execution):
-    """The largest between the logits of the two, over the logits' standard deviation."""
-    dtype = images.dtype
+def torch_logits(module, images):
     with torch.no_grad():
         tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        theirs = module(tensor).numpy()
+        return module(tensor).numpy()
+
+
+def difference(module, config, images, theirs, **execution):
+    """The largest of our logits from `theirs`, over the standard deviation of theirs."""
+    dtype = images.dtype
     found, arrays = to_ours(files.as_arrays(module.state_dict()), config)
     assert found == config
     variables = map_named(
@@ -110,7 +113,8 @@ def test_full_models_in_float32(case):
     config = model_config(name, image_size=size, **overrides)
     images = photographs(size).astype(np.float32)
     module = torch_module(config, timm_name, torch.float32)
-    measured = difference(module, config, images, scan=case not in UNROLLED)
+    theirs = torch_logits(module, images)
+    measured = difference(module, config, images, theirs, scan=case not in UNROLLED)
     print(f"{case}: {measured:.1e} of the logits' standard deviation")
     assert measured <= 3e-5
 
@@ -120,14 +124,23 @@ def test_small_models_in_float64(case):
     name, timm_name, overrides, settings = SMALL[case]
     config = model_config(name, dtype="float64", **(SHAPE | overrides))
     module = torch_module(config, timm_name, torch.float64, **(TIMM_SHAPE | settings))
+    images = photographs(config.image_shape)
     with jax.enable_x64(True):
-        assert difference(module, config, photographs(config.image_shape)) <= 1e-9
+        assert difference(module, config, images, torch_logits(module, images)) <= 1e-9
+
+
+@pytest.fixture(scope="module")
+def masked_spvit():
+    """A module of PyTorch, its configuration, images and their logits."""
+    config = model_config("spvit_s", masked_heads=((8, 1), (8, 0)))
+    module = torch_module(config, None, torch.float32)
+    images = photographs(224).astype(np.float32)
+    return module, config, images, torch_logits(module, images)
 
 
 @pytest.mark.parametrize("change", [{"norm_eps": 1e-6}, {"mask_kind": "hard"}, {"skip_lam": 2.01}])
-def test_the_tolerance_of_float32_sees_a_wrong_model(change):
+def test_the_tolerance_of_float32_sees_a_wrong_model(change, masked_spvit):
     """The smallest of the known mistakes is LayerNorm's epsilon."""
-    config = model_config("spvit_s", masked_heads=((8, 1), (8, 0)))
-    module = torch_module(config, None, torch.float32)
+    module, config, images, theirs = masked_spvit
     wrong = dataclasses.replace(config, **change)
-    assert difference(module, wrong, photographs(224).astype(np.float32), scan=True) > 3e-5
+    assert difference(module, wrong, images, theirs, scan=True) > 3e-5

@@ -7,9 +7,9 @@ import pytest
 
 from spvit_jax.preflight import hlo
 from spvit_jax.preflight.activations import kept_bytes
-from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
+from tests.helpers.tpu_compiler import needs_libtpu, one_chip
 
-pytestmark = compiles_for_tpus
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("lightly_optimized")]
 
 LAYERS, ROWS, COLUMNS = 4, 65536, 512  # arrays larger than a chip's fast memory
 ARRAY = 4 * ROWS * COLUMNS

@@ -1,6 +1,7 @@
 """The command, as a user starts it on a machine without a TPU."""
 
 import json
+import os
 
 import pytest
 
@@ -10,9 +11,9 @@ from spvit_jax.preflight.__main__ import preflight, sweep
 from spvit_jax.preflight.topology import GIB
 from tests.helpers.commands import run
 from tests.helpers.configs import digits
-from tests.helpers.tpu_compiler import compiles_for_tpus
+from tests.helpers.tpu_compiler import needs_libtpu
 
-pytestmark = compiles_for_tpus
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("lightly_optimized")]
 
 SMALL = {"depth": 1, "dim": 12}
 
@@ -75,7 +76,8 @@ def test_a_run_that_does_not_fit_is_refused_with_a_way_that_does(environment, tm
         *("--config.model.depth=1", "--config.data.batch_size=589824"),
         f"--json={tmp_path / 'account.json'}",
     )
-    result = run(environment, "preflight", *args, check=False)
+    level = {"JAX_OPTIMIZATION_LEVEL": os.environ["JAX_OPTIMIZATION_LEVEL"]}
+    result = run(environment | level, "preflight", *args, check=False)
     assert result.returncode == 1, result.stderr[-3000:]
     assert "does not fit: a chip of v5e:2x2 needs 23." in result.stdout
     assert "of the 15.75 that a program can use" in result.stdout

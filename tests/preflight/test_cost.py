@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 
 from spvit_jax.preflight import hlo
 from spvit_jax.preflight.cost import count_cost
-from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
+from tests.helpers.tpu_compiler import needs_libtpu, one_chip
 
-pytestmark = compiles_for_tpus
+pytestmark = needs_libtpu
 
 N = 8192
 SQUARE, HALF = (N, N), (N // 2, N // 2)

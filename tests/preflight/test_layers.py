@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from spvit_jax.models.stem import ConvStem
-from tests.helpers.tpu_compiler import compiles_for_tpus, one_chip
+from tests.helpers.tpu_compiler import needs_libtpu, one_chip
 
-pytestmark = compiles_for_tpus
+pytestmark = needs_libtpu
 
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])

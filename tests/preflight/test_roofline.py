@@ -12,9 +12,9 @@ from spvit_jax.preflight.roofline import (
     roofline,
 )
 from spvit_jax.preflight.topology import CHIPS, get_topology
-from tests.helpers.tpu_compiler import WIDE, compiles_for_tpus, planned
+from tests.helpers.tpu_compiler import WIDE, needs_libtpu, planned
 
-pytestmark = compiles_for_tpus
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("lightly_optimized")]
 
 V5E = CHIPS["v5e"]
 DEVICES = 4
@@ -63,7 +63,7 @@ def test_memory_by_kind_adds_up_to_the_compilers_own_figures(steps, compiled, na
 
 def test_micro_batches_keep_their_activations_one_after_the_other(steps):
     once, looped = (steps[name].memory for name in ("replicated", "both, in micro-batches"))
-    assert 1 / 8 < looped[ACTIVATIONS] / once[ACTIVATIONS] < 1 / 4  # some are in fast memory
+    assert looped[ACTIVATIONS] / once[ACTIVATIONS] == pytest.approx(1 / 4, rel=0.03)
     assert once[ACTIVATIONS] > once[TEMPORARIES] > 0
 
 
