@@ -27,8 +27,9 @@ def execute(module, args, environment, *outputs):
         os.dup2(opened, descriptor)
         os.close(opened)
     for name, value in environment.items():
+        # JAX reads them when it is imported.
         if name.startswith("JAX_") and os.environ.get(name) != value:
-            jax.config.update(name.lower(), int(value) if value.isdigit() else value)  # JAX reads them when it is imported
+            jax.config.update(name.lower(), int(value) if value.isdigit() else value)
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.environ.clear()
     os.environ.update(environment)
