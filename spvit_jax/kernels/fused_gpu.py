@@ -114,8 +114,9 @@ def _forward(
     bias: CustomVJPPrimal | None,
     interpret: bool,
 ) -> tuple[jax.Array, Any]:
-    values = [None if x is None else x.value for x in (qkv, gain, bias)]
-    out, log_sums = (checkpoint_name(x, CONTEXT) for x in _attend(*values, interpret))
+    values: list[Any] = [None if x is None else x.value for x in (qkv, gain, bias)]
+    out, log_sums = _attend(values[0], values[1], values[2], interpret)
+    out, log_sums = checkpoint_name(out, CONTEXT), checkpoint_name(log_sums, CONTEXT)
     # What is learned is known here and not in `_backward`; a tree without leaves tells it.
     learned = [() if x is not None and x.perturbed else None for x in (gain, bias)]
     return out, (*values, out, log_sums, learned)
@@ -136,19 +137,15 @@ def _backward(
     programs, of_part = (shape.tiles, shape.heads, shape.batch), shape.result(qkv.dtype)
     (dq,) = call("fused_attention_dq", _query_kernel, programs, [of_part])
     dk, dv = call("fused_attention_dkv", _key_kernel, programs, [of_part, of_part])
-    dfactors = [None if is_learned is None else shape.sums() for is_learned in learned]
-    if any(x is not None for x in dfactors):
+    sums: list[Any] = [None if is_learned is None else shape.sums() for is_learned in learned]
+    if any(x is not None for x in sums):
         programs = (shape.tiles**2, shape.heads, shape.num_sums)
-        dfactors = call("fused_attention_dfactors", _factor_kernel, programs, dfactors)
-    return (
-        jnp.stack([dq, dk, dv], axis=2),
-        *(
-            None
-            if dx is None
-            else dx.sum(axis=0)[:, : shape.tokens, : shape.tokens].astype(x.dtype)
-            for x, dx in zip((gain, bias), dfactors, strict=True)
-        ),
+        sums = call("fused_attention_dfactors", _factor_kernel, programs, sums)
+    dgain, dbias = (
+        None if x is None else x.sum(axis=0)[:, : shape.tokens, : shape.tokens].astype(like.dtype)
+        for x, like in zip(sums, (gain, bias), strict=True)
     )
+    return jnp.stack([dq, dk, dv], axis=2), dgain, dbias
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)

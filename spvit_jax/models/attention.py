@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spvit_jax.kernels import CONTEXT
-from spvit_jax.kernels.fused import fused_attention
+from spvit_jax.kernels import CONTEXT, fused_gpu
 from spvit_jax.kernels.fused_local import fused_local_attention
 from spvit_jax.kernels.local import local_attention
 from spvit_jax.kernels.mesh import on_each_device
@@ -25,6 +24,7 @@ from spvit_jax.models.implementation import (
     Implementation,
     check,
     choose,
+    fused_kernel,
     is_local,
     runs_fused_local,
 )
@@ -245,19 +245,20 @@ class Attention(nnx.Module):
         match choose(self.implementation, qkv, num_heads, num_factors):
             case "fused" | "fused_interpret" as name:
                 graphdef, state = nnx.split(learned)
+                kernel, interpret = fused_kernel(), name == "fused_interpret"
 
                 def attend(qkv: jax.Array, shared: Any) -> jax.Array:
                     state, qkv_bias = shared
                     gain, bias = factors(nnx.merge(graphdef, state))
-                    interpret = name == "fused_interpret"
-                    return fused_attention(
+                    return kernel.fused_attention(
                         qkv, num_heads, gain, bias, qkv_bias=qkv_bias, interpret=interpret
                     )
 
                 # Devices add up the gradients of the parameters, and not those of G and B.
                 with jax.named_scope("attention"):
                     out = on_each_device(attend, qkv, (state, qkv_bias))
-                    return checkpoint_name(out, CONTEXT)
+                    # The kernel for GPUs has named its result, and what else it needs.
+                    return out if kernel is fused_gpu else checkpoint_name(out, CONTEXT)
             case _:
                 with jax.named_scope("qkv"):
                     qkv = qkv if qkv_bias is None else qkv + qkv_bias

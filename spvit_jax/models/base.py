@@ -55,8 +55,9 @@ class ModelConfig:
     mask_kind: str = "soft"  # outside the neighbourhood scores are 0 (soft) or -inf (hard)
 
     # Execution.
-    # "xla", "local" (masked heads at linear cost), "fused" (a kernel for TPUs), "fused_interpret"
-    # (the same anywhere, slowly, for tests), or "auto" for the fastest on the devices
+    # "xla", "local" (masked heads at linear cost), "fused" (a kernel, for TPUs and for GPUs),
+    # "fused_interpret" (the same anywhere, slowly, for tests), or "auto" for the fastest on the
+    # devices
     attention: Implementation = "auto"
     dtype: str = "float32"  # of the computation, or "bfloat16"; parameters are float32
     remat: bool = False  # recompute each block in the backward pass to save memory

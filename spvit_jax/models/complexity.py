@@ -13,6 +13,7 @@ from flax import nnx
 from jax.extend import core
 
 from spvit_jax.models.base import ModelConfig
+from spvit_jax.models.implementation import Implementation, platform
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -26,8 +27,11 @@ def count_macs(config: ModelConfig) -> int:
     Which heads are computed at linear cost is up to `config.attention`, and if that is "auto", to
     the devices.
     """
+    if platform() == "gpu":  # whose kernel is of bfloat16, and its tiles are of no model's size
+        config = dataclasses.replace(config, dtype="float32")
     if config.attention == "fused":  # which can be counted on any platform
-        config = dataclasses.replace(config, attention="fused_interpret")
+        name: Implementation = "xla" if platform() == "gpu" else "fused_interpret"
+        config = dataclasses.replace(config, attention=name)
     graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)

@@ -1,24 +1,27 @@
 """Choice of the implementation of attention: XLA's products, or a kernel of `spvit_jax.kernels`.
 
 A further implementation is a name in `Implementation`, a case in `choose`, and a case in
-`Attention.attend`.
+`Attention._attend_heads`; a further platform's "fused" is a case in `choose` and `fused_kernel`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
 
 from spvit_jax.errors import InputError
-from spvit_jax.kernels import fused, fused_local
+from spvit_jax.kernels import fused, fused_gpu, fused_local
 from spvit_jax.kernels.local import Grid, Radius
 from spvit_jax.kernels.plan import Plan
 
 Implementation = Literal["auto", "xla", "local", "fused", "fused_interpret"]
 
 _KERNELS = ("local", "fused", "fused_interpret")
+_FUSED_PLATFORMS = ("tpu", "gpu")
 # Number of tokens from which masked heads are faster at linear cost: on CPUs as measured by
 # `benchmarks.local_attention`; elsewhere about where, on a TPU v5e, the bundles of `fused_local`
 # for a head become fewer than those of `fused` (576 tokens take both about a microsecond).
@@ -41,12 +44,15 @@ def choose(
       num_factors: number of factors [H, N, N] that scores have or may have: of G, of B.
 
     Raises:
-      InputError: the implementation does not run on the devices, or not for so many tokens.
+      InputError: the implementation does not run on the devices, or not for so many tokens, or
+        not in a width or dtype.
     """
     is_choice = requested in ("auto", "local")
-    if requested == "xla" or (is_choice and platform() != "tpu"):
+    if requested == "xla" or (is_choice and platform() not in _FUSED_PLATFORMS):
         return "xla"  # without a plan, for which the number of images would have to be known
     num_tokens, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
+    if platform() == "gpu":
+        return _choose_on_gpu(requested, qkv, head_dim)
     fits = Plan.of(qkv, num_heads, num_factors).fits
     if is_choice:
         return "fused" if fits and fused.supports(head_dim, qkv.dtype) else "xla"
@@ -58,6 +64,30 @@ def choose(
             "'auto' or 'xla', or smaller images"
         )
     return requested
+
+
+def _choose_on_gpu(requested: Implementation, qkv: jax.Array, head_dim: int) -> Implementation:
+    """Returns what `choose` does on GPUs, where "xla" is not requested."""
+    if requested == "fused_interpret":
+        return requested
+    has_devices = fused_gpu.runs_on_these_devices()
+    supported = fused_gpu.supports(head_dim, qkv.dtype)
+    if requested != "fused":
+        is_known = isinstance(qkv.shape[0], int)  # in an exported program it is a name
+        return "fused" if has_devices and supported and is_known else "xla"
+    if not has_devices:
+        raise InputError(
+            "attention is 'fused', on GPUs a kernel for NVIDIA's of compute capability 8.0 or "
+            "more, which these are not; choose 'auto' or 'xla'"
+        )
+    if not supported:
+        _refuse(requested, head_dim, qkv.dtype, fused_gpu, "GPUs")
+    return requested
+
+
+def fused_kernel() -> ModuleType:
+    """Returns the module with "fused" on the devices of the program; of TPUs if it has none."""
+    return fused_gpu if platform() == "gpu" else fused
 
 
 def is_local(requested: Implementation, num_tokens: int) -> bool:
@@ -99,10 +129,11 @@ def platform() -> str:
 
 def check_platform(requested: Implementation, platform: str) -> None:
     """Raises an `InputError` if an implementation does not run on a platform such as "cpu"."""
-    if requested == "fused" and platform != "tpu":
+    if requested == "fused" and platform not in _FUSED_PLATFORMS:
         raise InputError(
-            f"attention is 'fused', a kernel for TPUs, and the devices are {platform.upper()}s; "
-            "choose 'auto' or 'xla', or for tests 'fused_interpret', which runs it slowly anywhere"
+            "attention is 'fused', a kernel for TPUs and one for GPUs, and the devices are "
+            f"{platform.upper()}s; choose 'auto' or 'xla', or for tests 'fused_interpret', which "
+            "runs it slowly anywhere"
         )
 
 
@@ -133,9 +164,25 @@ def check(
             "choose 'auto' or 'xla'"
         )
     if requested != "local" and not fused.supports(head_dim, dtype):
-        widths, dtypes = fused.HEAD_DIMS, " or ".join(fused.DTYPES)
-        raise InputError(
-            f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "
-            f"kernel knows widths of {widths[0]} to {widths[-1]} in {dtypes}: choose 'auto' or "
-            "'xla'"
-        )
+        _refuse(requested, head_dim, dtype, fused)
+
+
+def _refuse(
+    requested: Implementation,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    kernel: ModuleType,
+    platforms: str = "",
+) -> NoReturn:
+    """Raises an `InputError` about heads of a width in a dtype, with those that a kernel knows."""
+    widths, dtypes = kernel.HEAD_DIMS, " or ".join(kernel.DTYPES)
+    known = f"{widths[0]} to {widths[-1]}" if isinstance(widths, range) else _words(widths)
+    raise InputError(
+        f"attention is {requested!r} on heads of width {head_dim} in {jnp.dtype(dtype)}; the "
+        f"kernel {platforms and f'for {platforms} '}knows widths of {known} in {dtypes}: choose "
+        "'auto' or 'xla'"
+    )
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
