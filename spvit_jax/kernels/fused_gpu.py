@@ -343,8 +343,8 @@ class _Pair(NamedTuple):
         exist = _exist(shape, queries)[:, None]
         rows = _slice(queries)
         grad = plt.load(grad_ref.at[image, rows, head, :], mask=exist, other=0.0)
-        gain, bias = (_factor(ref, head, queries, keys) for ref in (gain_ref, bias_ref))
         products = _dot(q, k, trans_b=True) * shape.scale
+        gain, bias = (_factor(ref, head, queries, keys) for ref in (gain_ref, bias_ref))
         scores = _apply(products, gain, bias)
         weights = jnp.exp(scores - log_sums_ref[image, head, rows][:, None])
         weights = jnp.where(_exist(shape, keys)[None, :] & exist, weights, 0.0)
