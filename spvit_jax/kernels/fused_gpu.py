@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 from spvit_jax.kernels import CONTEXT
 
 # Widths of a head that the kernel knows: Triton's arrays are powers of two, its products of 16 at
-# least, and a wider head's accumulators do not fit the registers beside the scores.
+# least; 128 would spill registers and need more shared memory than smaller cards have.
 HEAD_DIMS = (16, 32, 64)
 # In float32 exact products do without tensor cores, and Triton's TF32 is not float32.
 DTYPES = ("bfloat16",)

@@ -8,63 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend import core
 
 from spvit_jax import plan
 from spvit_jax.kernels import plan as plans
 from spvit_jax.kernels.fused import fused_attention, supports
 from spvit_jax.models import list_models, model_config
-from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.naming import named_leaves
-from spvit_jax.models.spatial import LocalityMask
 from spvit_jax.training import sharding
 from tests.helpers.configs import digits
+from tests.helpers.kernels import (
+    HARD,
+    SOFT,
+    assert_close,
+    factors,
+    gradients,
+    kernels,
+    module,
+    reference,
+    result_and_gradients,
+    weighted_sum,
+)
 from tests.helpers.tpu_compiler import DIGITS, one_chip
 from tests.helpers.variables import random_variables
-
-SOFT, HARD = LocalityMask((0,), (1, 1), "soft"), LocalityMask((0, 1), (1, 2), "hard")
-
-
-def module(heads, head_dim, implementation, **kind):
-    made = Attention(
-        heads * head_dim,
-        heads,
-        qkv_bias=True,
-        implementation=implementation,
-        rngs=nnx.Rngs(0),
-        **kind,
-    )
-    rng = np.random.default_rng(1)
-    scale = (heads * head_dim) ** -0.5  # scores about 1
-
-    def draw(x):
-        return jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32)
-
-    nnx.update(made, jax.tree.map(draw, nnx.state(made)))
-    return made
-
-
-def weighted_sum(x):
-    return (x * np.random.default_rng(3).normal(size=x.shape)).sum()
-
-
-def result_and_gradients(made, x, grid, num_prefix):
-    graphdef, state = nnx.split(made)
-
-    def value(state, x):
-        out = nnx.merge(graphdef, state)(x, grid, num_prefix)
-        return weighted_sum(out), out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(state, x)
-    return {"out": out, "x": grads[1], **named_leaves(grads[0])}
-
-
-def assert_close(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name, leaf in expected.items():
-        scale = np.abs(leaf).max()
-        assert scale > 0, name
-        np.testing.assert_allclose(actual[name], leaf, 0, tolerance * scale, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -96,27 +61,6 @@ def test_the_kernel_is_the_attention_of_xla(monkeypatch, grid, num_prefix, heads
 
 def interpreted(qkv, gain, bias):
     return fused_attention(qkv, 4, gain, bias, interpret=True)
-
-
-def reference(qkv, gain, bias, heads):
-    q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
-    return attention(q, k, v, gain, bias).reshape(*qkv.shape[:2], -1)
-
-
-def factors(batch=8, tokens=19, heads=4, head_dim=32, dtype=jnp.float32):
-    rng = np.random.default_rng(2)
-    qkv = jnp.asarray(rng.normal(size=(batch, tokens, 3 * heads * head_dim)), dtype)
-    gain, bias = jnp.asarray(1 + rng.normal(size=(2, heads, tokens, tokens)), jnp.float32)
-    return qkv, gain, bias
-
-
-def gradients(function, arguments):
-    def value(*arguments):
-        out = function(*arguments)
-        return weighted_sum(out.astype(jnp.float32)), out
-
-    grads, out = jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))(*arguments)
-    return dict(zip(("out", "qkv", "gain", "bias"), (out, *grads), strict=True))
 
 
 EXPECTED = functools.cache(lambda: gradients(functools.partial(reference, heads=4), factors()))
@@ -162,20 +106,6 @@ def test_bfloat16_is_as_exact_as_xlas():
 
         assert error(ours) < 1.1 * error(xla), name
         assert error(ours) < 0.01 * np.linalg.norm(leaf), name
-
-
-def kernels(function, *arguments):
-    """Names of the kernels in a function's program, each with the number of its results."""
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "pallas_call":
-                yield eqn.params["name"], len(eqn.outvars)
-            else:
-                for inner in core.jaxprs_in_params(eqn.params):
-                    yield from walk(inner)
-
-    return sorted(walk(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 def test_masks_cost_no_gradient():
