@@ -93,6 +93,8 @@ def _attention(
     return _attend(qkv, gain, bias, interpret)[0]
 
 
+# Where a loop has kept the results JAX drops a function, which it does not do with a kernel.
+@functools.partial(jax.jit, static_argnums=3)
 def _attend(
     qkv: jax.Array, gain: jax.Array | None, bias: jax.Array | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:

@@ -66,7 +66,7 @@ def test_the_kernel_is_the_attention_of_xla(
         result_and_gradients(module(heads, head_dim, name, **kind), x, grid, num_prefix)
         for name in ("fused_interpret", "xla")
     ]
-    assert_close(*results, 1e-6)
+    assert_close(*results, 2e-6)
 
 
 def interpreted(qkv, gain, bias):
@@ -84,7 +84,7 @@ def test_gain_and_bias_have_gradients_of_any_value():
 
 
 def test_bfloat16_is_about_as_exact_as_xlas():
-    """The gradient of scores takes the rounded result, where XLA's takes the weights."""
+    """The gradient of scores is computed with the rounded result, by XLA with the weights."""
     qkv, gain, bias = factors(batch=2, tokens=70, heads=2, dtype=jnp.bfloat16)
     exact = gradients(plain, (qkv.astype("float32"), gain, bias))
     xla, ours = gradients(plain, (qkv, gain, bias)), gradients(interpreted, (qkv, gain, bias))
@@ -94,8 +94,8 @@ def test_bfloat16_is_about_as_exact_as_xlas():
         def error(result, name=name, leaf=leaf):
             return np.linalg.norm(np.asarray(result[name], np.float32) - leaf)
 
-        assert error(ours) < (1.4 if name == "qkv" else 1.1) * error(xla), name
-        assert error(ours) < 0.01 * np.linalg.norm(leaf), name
+        assert error(ours) < (1 if name == "out" else 1.5) * error(xla), name
+        assert error(ours) < 0.005 * np.linalg.norm(leaf), name
 
 
 def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain(on_gpu):

@@ -54,8 +54,8 @@ REFUSED = {
     "a CPU": (
         "deit_ti",
         {},
-        "attention is 'fused', a kernel for TPUs and one for GPUs, and the devices are CPUs; choose "
-        "'auto' or 'xla', or for tests 'fused_interpret'",
+        "attention is 'fused', a kernel for TPUs and one for GPUs, and the devices are CPUs; "
+        "choose 'auto' or 'xla', or for tests 'fused_interpret'",
     ),
     "width": (
         "deit_ti",
