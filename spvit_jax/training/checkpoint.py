@@ -35,6 +35,9 @@ _ITEM = "default"
 _MODEL = "model"  # key in an item's metadata: the model's configuration
 _CLASSES = "classes"  # likewise: the names of the classes by number
 _RANKED_BY = "top1"
+# Bytes. What all devices hold is written in parts, one by each, if they are at least so large:
+# each is a program to compile, an array to copy and an entry to write.
+_SMALLEST_PART = 64 * 1024
 
 
 class Checkpoints:
@@ -192,7 +195,14 @@ class Checkpoints:
         return target
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._workdir / _FOLDER, options=self._options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
+        types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+        handlers.add(_ITEM, ocp.args.PyTreeSave, handler)
+        return ocp.CheckpointManager(
+            self._workdir / _FOLDER, options=self._options, handler_registry=handlers
+        )
 
 
 def newest(workdir: epath.Path) -> int | None:
