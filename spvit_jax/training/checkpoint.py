@@ -384,8 +384,7 @@ def _readable(checkpoint: epath.Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Returns the reason of a failed write, without the paths that tensorstore begins with."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code is not None:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if remote := re.findall(r"gs://\S+: ([^\[]+)", str(error)):
         return remote[-1].strip()
