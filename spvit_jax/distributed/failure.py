@@ -58,10 +58,13 @@ def fail(error: BaseException) -> NoReturn:
       error: exception; its exit code is that of `errors.exit_code`, 75 if it is the loss of another
         process, or 1.
     """
-    _ending.acquire()
     code = exit_code(error)
     message = (str(error).strip() or repr(error)).splitlines()[0]
-    if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in message:
+    is_loss = isinstance(error, jax.errors.JaxRuntimeError) and (
+        "Gloo" in message or bool(liveness.wait_for_loss())
+    )
+    _ending.acquire()
+    if is_loss:
         code = START_AGAIN
         message = f"another process of the cluster was lost ({message})"
     elif code is None and not isinstance(error, TimeoutError):
@@ -124,7 +127,7 @@ def name_what_aborts() -> None:
 
     def on_abort(signum: int) -> None:
         del signum
-        if lost := liveness.lost():
+        if lost := liveness.wait_for_loss():
             names = ", ".join(f"process {rank}" for rank in lost)
             message = f"another process of the cluster was lost ({names})"
             time.sleep(_HEAD_START)

@@ -13,6 +13,7 @@ import time
 from spvit_jax.distributed.coordination import PREFIX, coordinator, rank_and_size, store
 
 _SILENCE = 10.0  # seconds without a new count after which a process is lost; JAX takes 30
+_DELAY = 3.0  # seconds within which all others' counts have been read again
 _CONNECT_TIMEOUT = 3.0  # seconds for the coordinator to take a connection
 
 _counts: dict[int, tuple[str, float]] = {}  # by rank: the count, and when it was first seen
@@ -41,6 +42,17 @@ def lost() -> list[int]:
     if rank != 0 and not _takes_connections(coordinator()):
         silent.add(0)
     return sorted(silent - {rank})
+
+
+def wait_for_loss() -> list[int]:
+    """Returns the ranks of the processes that are lost, as `lost`, once their silence has shown it.
+
+    An error that the loss of a process causes in the others may come long before.
+    """
+    deadline = time.monotonic() + _SILENCE + _DELAY
+    while not (ranks := lost()) and time.monotonic() < deadline:
+        time.sleep(1)
+    return ranks
 
 
 def _takes_connections(address: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ _CORRUPT = "corrupt-checkpoints"  # in the workdir: for checkpoints that could n
 _ITEM = "default"
 _MODEL = "model"  # key in an item's metadata: the model's configuration
 _CLASSES = "classes"  # likewise: the names of the classes by number
-_RANKED_BY = "top1"
+_rank = operator.itemgetter("top1")  # of an evaluation's metrics, that which ranks checkpoints
+_SMALLEST_PART = 64 * 1024  # bytes that each device writes of what all hold; it is a program more
 
 
 class Checkpoints:
@@ -65,13 +67,11 @@ class Checkpoints:
         policies = [
             preservation.LatestN(n=keep_last),
             preservation.BestN(
-                n=keep_best,
-                get_metric_fn=lambda metrics: metrics[_RANKED_BY],
-                keep_checkpoints_without_metrics=False,
+                n=keep_best, get_metric_fn=_rank, keep_checkpoints_without_metrics=False
             ),
         ]
         self._options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics[_RANKED_BY],
+            best_fn=_rank,
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -192,7 +192,13 @@ class Checkpoints:
         return target
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._workdir / _FOLDER, options=self._options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
+        types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add(_ITEM, ocp.args.PyTreeSave, handler)
+        folder = self._workdir / _FOLDER
+        return ocp.CheckpointManager(folder, options=self._options, handler_registry=handlers)
 
 
 def newest(workdir: epath.Path) -> int | None:
@@ -218,9 +224,7 @@ def find(path: epath.Path, *, which: str = "best") -> epath.Path:
     folder = paths.absolute(path / _FOLDER)
     if not folder.is_dir():
         raise InputError(f"{path} is neither a workdir nor a checkpoint: it has no {_FOLDER}/")
-    options = ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics[_RANKED_BY], read_only=True
-    )
+    options = ocp.CheckpointManagerOptions(best_fn=_rank, read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
         steps = {"best": manager.best_step(), "last": manager.latest_step()}
         step = steps.get(which, which)
@@ -380,8 +384,7 @@ def _readable(checkpoint: epath.Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Returns the reason of a failed write, without the paths that tensorstore begins with."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code is not None:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if remote := re.findall(r"gs://\S+: ([^\[]+)", str(error)):
         return remote[-1].strip()

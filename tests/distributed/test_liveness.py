@@ -6,9 +6,10 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
-from spvit_jax.distributed import liveness
+from spvit_jax.distributed import failure, liveness
 from tests.helpers import REPOSITORY
 
 
@@ -79,13 +80,34 @@ def test_a_pause_of_this_process_is_not_the_loss_of_others(cluster):
     assert liveness.lost() == []
 
 
+@pytest.mark.parametrize("alive", [(0,), (0, 2)])
+def test_an_error_waits_for_the_silence_of_a_process(alive, cluster, monkeypatch):
+    """Its loss is noticed by a collective at once, and by its count only later."""
+    go_on(cluster, 0, 2, seconds=5)
+    begun = cluster.now
+    monkeypatch.setattr(liveness.time, "sleep", lambda _: go_on(cluster, *alive, seconds=1))
+    assert liveness.wait_for_loss() == ([] if 2 in alive else [2])
+    assert cluster.now - begun <= 15
+
+
+@pytest.mark.parametrize(("lost", "code"), [([], 1), ([2], 75)])
+def test_an_error_of_jax_is_to_be_started_again_only_if_a_process_is_lost(lost, code, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(failure, "stop", lambda *said, **_: stopped.append(said))
+    monkeypatch.setattr(liveness, "wait_for_loss", lambda: lost)
+    failure.fail(jax.errors.JaxRuntimeError("UNAVAILABLE: a slice does not answer"))
+    [(given, message)] = stopped
+    assert given == code
+    assert message.startswith("another process of the cluster was lost") == bool(lost)
+
+
 ABORTS = """
 import os
 from spvit_jax.distributed import failure, liveness
 failure._HEAD_START = 0.0
 for lost in [], [2, 5]:
     if not os.fork():
-        liveness.lost = lambda: lost
+        liveness.wait_for_loss = lambda: lost
         failure.name_what_aborts()
         os.abort()
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)

@@ -1,4 +1,4 @@
-"""A disk that becomes full between two checkpoints."""
+"""What is written of arrays that several devices hold, and a disk that becomes full."""
 
 import contextlib
 import resource
@@ -22,6 +22,25 @@ def small_files(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("rows", "in_parts"), [(64, False), (16384, True)])
+def test_only_large_arrays_are_written_in_parts(rows, in_parts, tmp_path, caplog):
+    """A part for each device that holds the whole is a program to compile for each shape."""
+    mesh = jax.make_mesh((8,), ("data",))
+    whole = jax.NamedSharding(mesh, jax.P())
+    state = jax.device_put(jax.random.normal(jax.random.key(0), (rows, 17)), whole)
+    jax.clear_caches()
+    with (
+        Checkpoints(tmp_path, model_config("deit_ti"), (), keep_last=1, keep_best=1) as checkpoints,
+        jax.log_compiles(),
+        caplog.at_level("WARNING", logger="jax"),
+    ):
+        checkpoints.save(1, {"model": state})
+    compiled = [text for text in caplog.messages if text.startswith("Compiling jit(")]
+    assert bool(compiled) == in_parts
+    (saved,) = saved_arrays(tmp_path, 1).values()
+    np.testing.assert_array_equal(saved, state)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
