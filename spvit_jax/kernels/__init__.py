@@ -6,4 +6,5 @@ TPUs. `local` is MaiT's masked heads at a cost linear in the number of tokens, o
 `fused_local` the same for TPUs.
 """
 
-CONTEXT = "attention_context"  # `checkpoint_name` of a kernel's result, by which loops keep it
+# `checkpoint_name` that each kernel of attention gives its result, by which loops keep it.
+CONTEXT = "attention_context"

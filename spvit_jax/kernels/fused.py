@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.plan import Plan
 
 HEAD_DIMS = range(8, 129)  # widths of a head that the kernel knows
@@ -52,7 +54,7 @@ def fused_attention(
     Returns:
       [B, N, D] in the dtype of `qkv`.
     """
-    return _attention(qkv, qkv_bias, gain, bias, num_heads, interpret)
+    return checkpoint_name(_attention(qkv, qkv_bias, gain, bias, num_heads, interpret), CONTEXT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from spvit_jax.kernels import CONTEXT
 from spvit_jax.kernels.local import Grid, Radius
 from spvit_jax.kernels.local_plan import LANES, LocalPlan, Patch
 
@@ -62,7 +64,8 @@ def fused_local_attention(
     plan = LocalPlan(grid, radius, kind, head_dim, lanes, qkv.dtype.itemsize)
     laid_out = qkv.transpose(1, 2, 4, 3, 0).reshape(3, num_heads, *grid, head_dim, batch)
     out = _attention(laid_out, plan, interpret)
-    return out.reshape(num_heads, -1, head_dim, batch).transpose(3, 0, 2, 1)
+    out = out.reshape(num_heads, -1, head_dim, batch).transpose(3, 0, 2, 1)
+    return checkpoint_name(out, CONTEXT)
 
 
 class _Softmax(NamedTuple):

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from spvit_jax.kernels import CONTEXT, fused_gpu
 from spvit_jax.kernels.fused_local import fused_local_attention
 from spvit_jax.kernels.local import local_attention
 from spvit_jax.kernels.mesh import on_each_device
@@ -256,9 +254,7 @@ class Attention(nnx.Module):
 
                 # Devices add up the gradients of the parameters, and not those of G and B.
                 with jax.named_scope("attention"):
-                    out = on_each_device(attend, qkv, (state, qkv_bias))
-                    # The kernel for GPUs has named its result, and what else it needs.
-                    return out if kernel is fused_gpu else checkpoint_name(out, CONTEXT)
+                    return on_each_device(attend, qkv, (state, qkv_bias))
             case _:
                 with jax.named_scope("qkv"):
                     qkv = qkv if qkv_bias is None else qkv + qkv_bias
@@ -370,7 +366,7 @@ def _attend_nearby(
         def attend(qkv: jax.Array, _: None) -> jax.Array:
             return fused_local_attention(qkv, grid, radius=reach, kind=kind)
 
-        return checkpoint_name(on_each_device(attend, qkv, None), CONTEXT)
+        return on_each_device(attend, qkv, None)
     q, k, v = qkv.transpose(1, 2, 3, 0, 4)
     out = local_attention(q, k, v, grid, num_prefix, radius=reach, kind=kind, gain=gain)
     return out.transpose(2, 0, 1, 3)
