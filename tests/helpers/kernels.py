@@ -1,5 +1,7 @@
 """Attention by kernels and by XLA, with the gradients of both, to be compared."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,11 @@ from jax.extend import core
 from spvit_jax.models.attention import Attention, attention
 from spvit_jax.models.naming import named_leaves
 from spvit_jax.models.spatial import LocalityMask
+from spvit_jax.training import sharding
+from tests.helpers.variables import random_variables
 
 SOFT, HARD = LocalityMask((0,), (1, 1), "soft"), LocalityMask((0, 1), (1, 2), "hard")
+SMALL = {"image_size": 16, "patch_size": 4, "dim": 32, "num_heads": 2, "num_classes": 5}
 
 
 def module(heads, head_dim, implementation, **kind):
@@ -38,16 +43,57 @@ def weighted_sum(x):
     return (x * np.random.default_rng(3).normal(size=x.shape)).sum()
 
 
-def result_and_gradients(made, x, grid, num_prefix):
-    """By name a layer's result and the gradients of its input and parameters."""
-    graphdef, state = nnx.split(made)
+def by_kernel_and_by_xla(grid, num_prefix, heads, head_dim, batch, kind):
+    """By name a layer's result and the gradients of its input and parameters, from each."""
+    rng = np.random.default_rng(0)
+    tokens = grid[0] * grid[1] + num_prefix
+    x = jnp.asarray(rng.normal(size=(batch, tokens, heads * head_dim)), jnp.float32)
+
+    def results(implementation):
+        graphdef, state = nnx.split(module(heads, head_dim, implementation, **kind))
+
+        def value(state, x):
+            out = nnx.merge(graphdef, state)(x, grid, num_prefix)
+            return weighted_sum(out), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(state, x)
+        return {"out": out, "x": grads[1], **named_leaves(grads[0])}
+
+    return results("fused_interpret"), results("xla")
+
+
+def on_a_mesh_and_on_one_device(head_dim):
+    """By name the gradients of a layer with everything, on each, and the shapes that are summed.
+
+    Of 2 heads, and 4×4 patches.
+    """
+    mesh = sharding.make_mesh(2, 4)
+    kind = {"spatial_prior": True, "position_bias": (4, 4), "mask": HARD}
+    graphdef, state = nnx.split(module(2, head_dim, "fused_interpret", **kind))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16, 2 * head_dim)), jnp.float32)
 
     def value(state, x):
-        out = nnx.merge(graphdef, state)(x, grid, num_prefix)
-        return weighted_sum(out), out
+        return weighted_sum(nnx.merge(graphdef, state)(x, (4, 4), 0))
 
-    (_, out), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(state, x)
-    return {"out": out, "x": grads[1], **named_leaves(grads[0])}
+    gradient = jax.value_and_grad(value, (0, 1))
+    split = jax.jit(sharding.on_mesh(mesh, gradient))
+    split = split.lower(state, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
+    (_, expected), (_, grads) = jax.jit(gradient)(state, x), split(state, x)
+    summed = re.findall(r"= (.*?) all-reduce\(", split.as_text())
+    return named_leaves(grads), named_leaves(expected), summed
+
+
+def loss_of_layers(images, **execution):
+    """A loss of SP-ViT with layers of both kinds, as a function of its parameters, and those."""
+    variables = random_variables(
+        "spvit_s", **SMALL, depth=3, spatial_layers=2, stem_width=0, drop_path=0.0, **execution
+    )
+
+    def loss(params):
+        outputs = variables.replace(params=params).model(train=True).outputs(images)
+        return sum(jnp.square(x).mean() for x in jax.tree.leaves(outputs))
+
+    return loss, variables.params
 
 
 def assert_close(actual, expected, tolerance):
@@ -82,6 +128,18 @@ def gradients(function, arguments):
 
     grads, out = jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))(*arguments)
     return dict(zip(("out", "qkv", "gain", "bias"), (out, *grads), strict=True))
+
+
+def distance(result, exact):
+    """Norm of the difference of two arrays."""
+    return np.linalg.norm(np.asarray(result, np.float32) - exact)
+
+
+def kernels_of_a_gradient(**kind):
+    """The `kernels` of the gradient of a layer's parameters."""
+    graphdef, state = nnx.split(module(2, 32, "fused_interpret", **kind))
+    x = jnp.zeros((2, 9, 64))
+    return kernels(jax.grad(lambda s: nnx.merge(graphdef, s)(x, (3, 3)).sum()), state)
 
 
 def kernels(function, *arguments):

@@ -1,13 +1,11 @@
 """The fused kernel, in Pallas' interpret mode, against the readable attention and its gradients."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from spvit_jax import plan
 from spvit_jax.kernels import plan as plans
@@ -20,16 +18,17 @@ from tests.helpers.kernels import (
     HARD,
     SOFT,
     assert_close,
+    by_kernel_and_by_xla,
+    distance,
     factors,
     gradients,
     kernels,
-    module,
+    kernels_of_a_gradient,
+    loss_of_layers,
+    on_a_mesh_and_on_one_device,
     reference,
-    result_and_gradients,
-    weighted_sum,
 )
 from tests.helpers.tpu_compiler import DIGITS, one_chip
-from tests.helpers.variables import random_variables
 
 
 @pytest.mark.parametrize(
@@ -49,13 +48,7 @@ def test_the_kernel_is_the_attention_of_xla(monkeypatch, grid, num_prefix, heads
     """Gradients too: of input and projections, through G of the prior's parameters, and of B's."""
     monkeypatch.setattr(plans, "_QUERY_BLOCK", 16)
     monkeypatch.setattr(plans, "_PROGRAM_TOKENS", 40)
-    rng = np.random.default_rng(0)
-    tokens = grid[0] * grid[1] + num_prefix
-    x = jnp.asarray(rng.normal(size=(6, tokens, heads * head_dim)), jnp.float32)
-    results = [
-        result_and_gradients(module(heads, head_dim, name, **kind), x, grid, num_prefix)
-        for name in ("fused_interpret", "xla")
-    ]
+    results = by_kernel_and_by_xla(grid, num_prefix, heads, head_dim, 6, kind)
     assert_close(*results, 1e-6)
 
 
@@ -75,20 +68,8 @@ def test_gain_and_bias_have_gradients_of_any_value(monkeypatch, by_itself):
 
 
 def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain():
-    mesh = sharding.make_mesh(2, 4)
-    made = module(2, 32, "fused_interpret", spatial_prior=True, position_bias=(4, 4), mask=HARD)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16, 64)), jnp.float32)
-    graphdef, state = nnx.split(made)
-
-    def value(state, x):
-        return weighted_sum(nnx.merge(graphdef, state)(x, (4, 4), 0))
-
-    gradient = jax.value_and_grad(value, (0, 1))
-    split = jax.jit(sharding.on_mesh(mesh, gradient))
-    split = split.lower(state, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
-    (_, expected), (_, grads) = jax.jit(gradient)(state, x), split(state, x)
-    assert_close(named_leaves(grads), named_leaves(expected), 1e-6)
-    communicated = re.findall(r"= (.*?) all-reduce\(", split.as_text())
+    grads, expected, communicated = on_a_mesh_and_on_one_device(head_dim=32)
+    assert_close(grads, expected, 1e-6)
     assert communicated
     assert not any("[2,16,16]" in shape for shape in communicated)
 
@@ -100,22 +81,13 @@ def test_bfloat16_is_as_exact_as_xlas():
     ours = gradients(interpreted, (qkv, gain, bias))
     for name, leaf in exact.items():
         assert ours[name].dtype == xla[name].dtype
-
-        def error(result, name=name, leaf=leaf):
-            return np.linalg.norm(np.asarray(result[name], np.float32) - leaf)
-
-        assert error(ours) < 1.1 * error(xla), name
-        assert error(ours) < 0.01 * np.linalg.norm(leaf), name
+        error = distance(ours[name], leaf)
+        assert error < 1.1 * distance(xla[name], leaf), name
+        assert error < 0.01 * np.linalg.norm(leaf), name
 
 
 def test_masks_cost_no_gradient():
-    x = jnp.zeros((2, 9, 64))
-
-    def program(**kind):
-        made = module(2, 32, "fused_interpret", **kind)
-        graphdef, state = nnx.split(made)
-        return kernels(jax.grad(lambda s: nnx.merge(graphdef, s)(x, (3, 3)).sum()), state)
-
+    program = kernels_of_a_gradient
     # Of the projection and its bias; and of the prior's gain.
     plain = [("fused_attention", 1), ("fused_attention_backward", 2)]
     assert program() == program(mask=SOFT) == program(mask=HARD) == plain
@@ -131,23 +103,11 @@ def test_every_model_fits_a_chip_on_any_grid_up_to_32_by_32(name):
     assert supports(dim // heads, jnp.float32)
 
 
-SMALL = {"image_size": 16, "patch_size": 4, "dim": 32, "num_heads": 2, "num_classes": 5}
-
-
 @functools.cache
 def model_gradients(**execution):
-    variables = random_variables(
-        "spvit_s", **SMALL, depth=3, spatial_layers=2, stem_width=0, drop_path=0.0, **execution
-    )
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
-
-    def loss(params):
-        outputs = variables.replace(params=params).model(train=True).outputs(images)
-        return sum(jnp.square(x).mean() for x in jax.tree.leaves(outputs))
-
-    return kernels(jax.grad(loss), variables.params), named_leaves(
-        jax.jit(jax.grad(loss))(variables.params)
-    )
+    loss, params = loss_of_layers(images, **execution)
+    return kernels(jax.grad(loss), params), named_leaves(jax.jit(jax.grad(loss))(params))
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -15,21 +15,21 @@ from spvit_jax.kernels import fused_gpu
 from spvit_jax.kernels.fused_gpu import fused_attention
 from spvit_jax.models import create_model, implementation, model_config
 from spvit_jax.models.complexity import count_macs
-from spvit_jax.models.naming import named_leaves
-from spvit_jax.training import sharding
 from tests.helpers.kernels import (
     HARD,
+    SMALL,
     SOFT,
     assert_close,
+    by_kernel_and_by_xla,
+    distance,
     factors,
     gradients,
     kernels,
-    module,
+    kernels_of_a_gradient,
+    loss_of_layers,
+    on_a_mesh_and_on_one_device,
     reference,
-    result_and_gradients,
-    weighted_sum,
 )
-from tests.helpers.variables import random_variables
 
 FORWARD, DQ, DKV = ("fused_attention", 2), ("fused_attention_dq", 1), ("fused_attention_dkv", 2)
 
@@ -59,13 +59,7 @@ def test_the_kernel_is_the_attention_of_xla(
 ):
     """Gradients too: of input and projections, through G of the prior's parameters, and of B's."""
     monkeypatch.setattr(fused_gpu, "_TILE", 16)
-    rng = np.random.default_rng(0)
-    tokens = grid[0] * grid[1] + num_prefix
-    x = jnp.asarray(rng.normal(size=(batch, tokens, heads * head_dim)), jnp.float32)
-    results = [
-        result_and_gradients(module(heads, head_dim, name, **kind), x, grid, num_prefix)
-        for name in ("fused_interpret", "xla")
-    ]
+    results = by_kernel_and_by_xla(grid, num_prefix, heads, head_dim, batch, kind)
     assert_close(*results, 2e-6)
 
 
@@ -90,71 +84,32 @@ def test_bfloat16_is_about_as_exact_as_xlas():
     xla, ours = gradients(plain, (qkv, gain, bias)), gradients(interpreted, (qkv, gain, bias))
     for name, leaf in exact.items():
         assert ours[name].dtype == xla[name].dtype
-
-        def error(result, name=name, leaf=leaf):
-            return np.linalg.norm(np.asarray(result[name], np.float32) - leaf)
-
-        assert error(ours) < (1 if name == "out" else 1.5) * error(xla), name
-        assert error(ours) < 0.005 * np.linalg.norm(leaf), name
+        error = distance(ours[name], leaf)
+        assert error < (1 if name == "out" else 1.5) * distance(xla[name], leaf), name
+        assert error < 0.005 * np.linalg.norm(leaf), name
 
 
 def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain(on_gpu):
-    mesh = sharding.make_mesh(2, 4)
-    made = module(2, 16, "fused_interpret", spatial_prior=True, position_bias=(4, 4), mask=HARD)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16, 32)), jnp.float32)
-    graphdef, state = nnx.split(made)
-
-    def value(state, x):
-        return weighted_sum(nnx.merge(graphdef, state)(x, (4, 4), 0))
-
-    gradient = jax.value_and_grad(value, (0, 1))
-    split = jax.jit(sharding.on_mesh(mesh, gradient))
-    split = split.lower(state, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
-    (_, expected), (_, grads) = jax.jit(gradient)(state, x), split(state, x)
-    assert_close(named_leaves(grads), named_leaves(expected), 1e-6)
-    communicated = re.findall(r"= (.*?) all-reduce\(", split.as_text())
+    grads, expected, communicated = on_a_mesh_and_on_one_device(head_dim=16)
+    assert_close(grads, expected, 1e-6)
     assert communicated
     assert not any("[2,16,16]" in shape or "[2,64,64]" in shape for shape in communicated)
 
 
 def test_masks_cost_no_gradient(on_gpu):
-    x = jnp.zeros((2, 9, 64))
-
-    def program(**kind):
-        made = module(2, 32, "fused_interpret", **kind)
-        graphdef, state = nnx.split(made)
-        return kernels(jax.grad(lambda s: nnx.merge(graphdef, s)(x, (3, 3)).sum()), state)
-
+    program = kernels_of_a_gradient
     assert program() == program(mask=SOFT) == program(mask=HARD) == [FORWARD, DKV, DQ]
     assert program(spatial_prior=True, mask=HARD) == [FORWARD, dfactors(1), DKV, DQ]
     both = {"spatial_prior": True, "position_bias": (3, 3)}
     assert program(**both) == [FORWARD, dfactors(2), DKV, DQ]
 
 
-SMALL = {"image_size": 16, "patch_size": 4, "dim": 32, "num_heads": 2, "num_classes": 5}
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_loop_keeps_what_the_backward_pass_needs(on_gpu, remat):
     """And recomputes all if it is to."""
-    variables = random_variables(
-        "spvit_s",
-        **SMALL,
-        depth=3,
-        spatial_layers=2,
-        stem_width=0,
-        drop_path=0.0,
-        attention="fused_interpret",
-        scan=True,
-        remat=remat,
-    )
     images = jnp.zeros((4, 16, 16, 3))
-
-    def loss(params):
-        outputs = variables.replace(params=params).model(train=True).outputs(images)
-        return sum(jnp.square(x).mean() for x in jax.tree.leaves(outputs))
-
-    names = [name for name, _ in kernels(jax.grad(loss), variables.params)]
+    loss, params = loss_of_layers(images, attention="fused_interpret", scan=True, remat=remat)
+    names = [name for name, _ in kernels(jax.grad(loss), params)]
     assert names.count("fused_attention") == (4 if remat else 2)  # a loop of each kind of layer
     assert names.count("fused_attention_dfactors") == 1
 
