@@ -65,7 +65,8 @@ runs_something() { [[ ${states[$1]} == running ]]; }
 is_part() { [[ ${ids[$1]} == "$ATTEMPT" ]]; }
 is_running() { runs_something "$1" && is_part "$1"; }
 has_ended() { [[ -n ${states[$1]} ]] && ! is_running "$1"; }
-has_not_reported() { is_running "$1" && [[ ${reports[$1]} == - ]]; }
+has_reported() { is_part "$1" && [[ ! ${reports[$1]} =~ ^-?$ ]]; }
+has_not_reported() { ! has_reported "$1"; }
 was_stopped() { [[ ${stops[$1]} == stopped ]]; }
 # Its exit code; one that vanished without is lost, as when its machine was started anew.
 code_of() { if [[ ${states[$1]} == exited ]]; then echo "${codes[$1]}"; else echo lost; fi; }
@@ -93,11 +94,8 @@ follow() {
   local report_by=$((SECONDS + REPORT_TIMEOUT)) end_by='' silent=0 reported='' said=''
   while true; do
     look_once || return 0
-    if [[ -n $(workers_that has_ended) ]]; then
-      await_the_others
-    elif [[ -z $reported ]]; then
-      await_reports
-    fi
+    if [[ -z $reported ]]; then await_reports; fi
+    if [[ -z $OUTCOME && -n $(workers_that has_ended) ]]; then await_the_others; fi
     if [[ -n $OUTCOME ]]; then return 0; fi
     pause "$POLL"
   done
@@ -140,11 +138,12 @@ await_the_others() {
   fi
 }
 
+# What has ended may have reported, too, however short it was.
 await_reports() {
-  if [[ -z $(workers_that has_not_reported) && -z $(silent_workers) ]]; then
+  if [[ -z $(workers_that has_not_reported) ]]; then
     reported=yes
     check_cluster
-  elif ((SECONDS >= report_by)); then
+  elif [[ -z $(workers_that has_ended) ]] && ((SECONDS >= report_by)); then
     OUTCOME=failed
     CAUSE="worker $(workers_that has_not_reported) did not report the cluster in $REPORT_TIMEOUT s"
     kill_workers

@@ -129,6 +129,14 @@ def test_workers_that_differ_are_named_and_all_are_ended(pod, workers, behaviour
     pod.wait_for(lambda: not pod.alive())
 
 
+def test_a_cluster_that_has_ended_before_it_is_looked_at_is_checked_too(pod):
+    pod.ready()
+    short = {str(n): {"steps": 0} for n in range(3)}
+    pod.plan(behaviour=[short, short | {"2": {"steps": 0, "version": "0123abc"}}])
+    assert f"cluster of 3 workers, 12 devices, code {pod.version}" in pod(*COMMAND)
+    assert "worker 2 reports code 0123abc and 4 of 12 devices, worker 0" in pod(*COMMAND, code=2)
+
+
 def test_a_worker_that_hangs_when_the_others_have_ended_is_killed(pod):
     pod.ready()
     pod.plan(behaviour=[{"0": {"exit": 1}, "1": {"exit": 1}, "2": {"hang": True}}])
