@@ -11,7 +11,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-export PIP_COMPILE=0 # pip would compile 20,000 files for a minute; Python does what it imports
+# Python compiles what it imports, and pip would compile 20,000 files for a minute. It has to write
+# that down, which the settings of some containers forbid: each process would compile JAX and
+# TensorFlow anew, for ten seconds.
+export PIP_COMPILE=0 PYTHONPYCACHEPREFIX="$PWD/.venv/cache/bytecode"
+unset PYTHONDONTWRITEBYTECODE
 export XDG_CACHE_HOME="$PWD/.venv/cache" MPLCONFIGDIR="$PWD/.venv/cache/matplotlib"
 export KERAS_HOME="$PWD/.venv/cache/keras" TMPDIR="$PWD/.venv/tmp"
 
