@@ -16,6 +16,8 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     # Another halving: XLA's older emitters, and one module for LLVM rather than 32.
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    # PyTorch's threads wait for each other awake: those of two workers, on two cores, for minutes.
+    "OMP_NUM_THREADS": "1",
 }
 
 import jax
