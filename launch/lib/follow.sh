@@ -65,8 +65,7 @@ runs_something() { [[ ${states[$1]} == running ]]; }
 is_part() { [[ ${ids[$1]} == "$ATTEMPT" ]]; }
 is_running() { runs_something "$1" && is_part "$1"; }
 has_ended() { [[ -n ${states[$1]} ]] && ! is_running "$1"; }
-has_reported() { is_part "$1" && [[ ! ${reports[$1]} =~ ^-?$ ]]; }
-has_not_reported() { ! has_reported "$1"; }
+has_not_reported() { ! is_part "$1" || [[ ${reports[$1]} == - ]]; }
 was_stopped() { [[ ${stops[$1]} == stopped ]]; }
 # Its exit code; one that vanished without is lost, as when its machine was started anew.
 code_of() { if [[ ${states[$1]} == exited ]]; then echo "${codes[$1]}"; else echo lost; fi; }

@@ -57,14 +57,11 @@ def interpreted(qkv, gain, bias):
 
 
 @functools.cache
-def exact():
-    """Gradients in float64: two roundings to float32 may differ by more than either has lost."""
-    arguments = [np.asarray(factor) for factor in factors()]
+def exact_gradients():
+    """In float64: two roundings to float32 may differ by more than either has lost."""
     with jax.enable_x64(True):
-        return gradients(
-            functools.partial(reference, heads=4),
-            [jnp.asarray(argument, jnp.float64) for argument in arguments],
-        )
+        arguments = [factor.astype(jnp.float64) for factor in factors()]
+        return gradients(functools.partial(reference, heads=4), arguments)
 
 
 @pytest.mark.parametrize("by_itself", [False, True])
@@ -72,7 +69,7 @@ def test_gain_and_bias_have_gradients_of_any_value(monkeypatch, by_itself):
     """With the heads of whole tiles in a program, or each by itself, as where memory is short."""
     if by_itself:
         monkeypatch.setattr(plans, "_LARGEST_VMEM_LIMIT", 0)
-    assert_close(gradients(interpreted, factors()), exact(), 1e-6)
+    assert_close(gradients(interpreted, factors()), exact_gradients(), 1e-6)
 
 
 def test_on_a_mesh_devices_add_up_the_gradients_of_parameters_and_not_of_the_gain():
