@@ -1,12 +1,13 @@
 """Times our models against timm's with `torch.compile` on a GPU, in bfloat16.
 
-    python -m benchmarks.gpu --parts=train,inference --batch=256
+    python -m benchmarks.gpu --parts=train,inference --batch=256 --attention=auto,xla
     python -m benchmarks.gpu --parts=pyramid --sizes=t --pixels=224,384 --batch=128
 
 Parts: `train`, the whole step of DeiT-S, LV-ViT-S and SP-ViT-S (`training.step.train_step`: uint8
 images to new weights by AdamW, without augmentation and moving average) and that of timm's DeiT-S;
 `inference` of DeiT-S; `pyramid`, inference and gradient of hierarchical MaiT, our Swin and timm's.
 All programs of one table run in one process, in turns, on the same shapes; a cell is the median.
+Ours are there once for each way of attention that is asked for, which `model.attention` names.
 PyTorch's train under `torch.autocast`, with float32 weights as ours and fused AdamW, and infer with
 weights in bfloat16. Needs JAX and PyTorch for the same GPU, and no TensorFlow.
 """
@@ -34,6 +35,7 @@ from configs import deit, lvvit, spvit
 from spvit_jax import config as config_lib
 from spvit_jax.augment.mix import normalize
 from spvit_jax.models import create_model
+from spvit_jax.models.implementation import Implementation
 from spvit_jax.training import state as state_lib
 from spvit_jax.training.optimizer import make_optimizer
 from spvit_jax.training.step import StepSettings, train_step
@@ -50,7 +52,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Run = Callable[[int], None]  # runs a program a number of times and waits for the last
 
 
-def our_step(name: str, batch: int) -> Run:
+def our_step(name: str, batch: int, *, attention: Implementation) -> Run:
     """Returns the train step of a model by its recipe, without augmentation and moving average."""
     config = _RECIPES[name].get_config("s")
     augment = config.augment
@@ -59,7 +61,7 @@ def our_step(name: str, batch: int) -> Run:
     config.data.batch_size = batch
     config = config_lib.resolve(config, num_examples=1_281_167)
     optimizer = make_optimizer(config)
-    model = create_model(name, dtype="bfloat16")
+    model = create_model(name, dtype="bfloat16", attention=attention)
     settings = StepSettings.of(config, num_classes=1000)
     step = functools.partial(train_step, optimizer=optimizer, settings=settings)
     images = jax.random.randint(jax.random.key(0), (batch, 224, 224, 3), 0, 256, jnp.uint8)
@@ -106,9 +108,9 @@ def timms_step(batch: int, device: str) -> Run:
     return run
 
 
-def ours(name: str, pixels: int, batch: int, *, train: bool) -> Run:
+def ours(name: str, pixels: int, batch: int, *, train: bool, attention: Implementation) -> Run:
     """Returns one of our models' logits, or the gradient of the sum of their squares."""
-    model = create_model(name, image_size=pixels, dtype="bfloat16")
+    model = create_model(name, image_size=pixels, dtype="bfloat16", attention=attention)
     graphdef, params = nnx.split(model)
     images = jax.random.randint(jax.random.key(0), (batch, pixels, pixels, 3), 0, 256, jnp.uint8)
 
@@ -166,6 +168,17 @@ def theirs(name: str, pixels: int, batch: int, device: str, *, train: bool) -> R
     return run
 
 
+def each_way(
+    make: Callable[..., Run], *models: str, **settings: Any
+) -> dict[str, Callable[[], Run]]:
+    """Returns what makes the programs of our models, each with each way of attention."""
+    return {
+        f"{model}, {attention}": functools.partial(make, model, attention=attention, **settings)
+        for model in models
+        for attention in flags.FLAGS.attention
+    }
+
+
 def tables(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Run]]]]:
     """Yields the title of each table and what makes its programs, by name."""
     args = flags.FLAGS
@@ -175,7 +188,7 @@ def tables(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Run]]]]:
             f"train step at 224, {batch} images",
             {
                 "timm deit_s": make(timms_step, batch, device),
-                **{name: make(our_step, name, batch) for name in _RECIPES},
+                **each_way(our_step, *_RECIPES, batch=batch),
             },
         )
     if "inference" in args.parts:
@@ -185,7 +198,7 @@ def tables(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Run]]]]:
                 "timm deit_s": make(
                     theirs, "deit_small_patch16_224", 224, batch, device, train=False
                 ),
-                "deit_s": make(ours, "deit_s", 224, batch, train=False),
+                **each_way(ours, "deit_s", pixels=224, batch=batch, train=False),
             },
         )
     for size in args.sizes if "pyramid" in args.parts else ():
@@ -197,8 +210,7 @@ def tables(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Run]]]]:
                     f"{what} at {pixels}, {batch} images",
                     {
                         f"timm swin_{size}": make(theirs, _SWIN[size], device=device, **shape),
-                        f"swin_{size}": make(ours, f"swin_{size}", **shape),
-                        f"mait_pyramid_{size}": make(ours, f"mait_pyramid_{size}", **shape),
+                        **each_way(ours, f"swin_{size}", f"mait_pyramid_{size}", **shape),
                     },
                 )
 
@@ -263,6 +275,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("parts", list(PARTS), "Parts to run.")
     flags.DEFINE_list("sizes", ["t", "s", "b"], "Sizes of the pyramids.")
     flags.DEFINE_list("pixels", ["224", "384"], "Sides of the pyramids' images.")
+    flags.DEFINE_list("attention", ["auto"], "Ways of attention, values of model.attention.")
     flags.DEFINE_integer("batch", 128, "Images of a call.")
     flags.DEFINE_integer("rounds", 7, "Turns of each program.")
     flags.DEFINE_integer("times", 10, "Calls in a turn.")

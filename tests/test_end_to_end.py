@@ -280,8 +280,8 @@ def test_learns_digits(environment, tmp_path):
         "train",
         CONFIG,
         f"--workdir={tmp_path}",
-        "--config.schedule.total=320 steps",
-        "--config.checkpoint.every=320 steps",
+        "--config.schedule.total=280 steps",
+        "--config.checkpoint.every=280 steps",
     )
     records = records_of(tmp_path)
     assert [r["eval/top1"] for r in records if "eval/top1" in r][-1] > 0.9

@@ -6,15 +6,15 @@ import pytest
 from spvit_jax.data.token_labels.store import LabelMaps
 from tests.helpers.commands import CONFIG, SMALL, records_of, run
 
-# Twenty epochs, after which the small model is far from chance.
+# Fifteen epochs, after which the small model is far from chance.
 LONGER = [
     *SMALL,
     "--config.data.train_size=1297",
     "--config.data.batch_size=64",
-    "--config.schedule.total=400 steps",
-    "--config.log_every=100 steps",
-    "--config.eval_every=400 steps",
-    "--config.checkpoint.every=400 steps",
+    "--config.schedule.total=300 steps",
+    "--config.log_every=50 steps",
+    "--config.eval_every=300 steps",
+    "--config.checkpoint.every=300 steps",
 ]
 
 

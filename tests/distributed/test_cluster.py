@@ -192,8 +192,8 @@ def test_four_processes_compute_what_one_does(environment, alone, tmp_path):
 
 def interrupted(environment, workdir, sent, rank=1):
     """Sends one of two processes a signal after the first checkpoint; returns as `ends`."""
-    args = [*SETTINGS, f"--workdir={workdir}"]
-    processes = start_cluster(environment, TRAIN, args, args)
+    args = ["hasty", *SETTINGS, f"--workdir={workdir}"]
+    processes = start_cluster(environment, MEMBER, args, args)
     wait_until(lambda: newest_step(workdir) >= 5, processes[0])
     processes[rank].send_signal(sent)
     return ends(processes, seconds=60)
@@ -304,9 +304,9 @@ def test_rows_of_a_batch_whatever_the_order_of_devices(environment, tmp_path):
     assert result["texts"] == [["0 0", "1 0"], ["0 1", "1 1"]]
 
 
-def failing_cluster(environment, *args_of_each):
+def failing_cluster(environment, *args_of_each, module=TRAIN):
     """Trains in vain with arguments of each process; returns their exit codes and errors."""
-    codes, said = cluster(environment, TRAIN, *args_of_each)
+    codes, said = cluster(environment, module, *args_of_each)
     assert not any("Traceback" in text for text in said)
     errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
     assert all(len(lines) == 1 for lines in errors), said
@@ -324,12 +324,11 @@ def test_processes_that_disagree_stop_and_say_who_differs(environment, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_folder_that_is_not_shared(environment, tmp_path):
-    """Slow, since a network file system is given time."""
-    args = [[*SETTINGS, f"--workdir={tmp_path / name / 'run'}"] for name in ("a", "b")]
+    workdirs = [f"--workdir={tmp_path / name / 'run'}" for name in ("a", "b")]
+    args = [["hasty", *SETTINGS, workdir] for workdir in workdirs]
     (tmp_path / "a" / "run").mkdir(parents=True)
-    codes, errors = failing_cluster(environment, *args)
+    codes, errors = failing_cluster(environment, *args, module=MEMBER)
     assert codes == [2, 2]
     assert all("process 1 has another folder" in line for line in errors), errors
 

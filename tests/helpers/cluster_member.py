@@ -3,9 +3,11 @@
     python -m tests.helpers.cluster_member rows OUTPUT --coordinator=… --num_processes=…
     python -m tests.helpers.cluster_member train OUTPUT --config=… --workdir=… --coordinator=…
     python -m tests.helpers.cluster_member hang OUTPUT --config=… --workdir=… --coordinator=…
+    python -m tests.helpers.cluster_member hasty --config=… --workdir=… --coordinator=…
 
 Process 0 writes OUTPUT, a JSON file. `hang` trains, and process 1 waits for ever for the input of
-its tenth step, unless there is OUTPUT, which it then makes.
+its tenth step, unless there is OUTPUT, which it then makes. `hasty` trains, and gives the others less
+time than a network would need.
 """
 
 import itertools
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from spvit_jax import cli, distributed, train
 from spvit_jax.data.pipeline import BatchShard
+from spvit_jax.distributed import agreement, join, liveness
 from spvit_jax.training import sharding
 
 
@@ -63,6 +66,12 @@ def train_and_hang(output):
     train.main()
 
 
+def train_hastily():
+    agreement._VISIBLE_TIMEOUT = 3
+    liveness._SILENCE, join._HEARTBEAT_TIMEOUT = 4, 12
+    train.main()
+
+
 def check_rows(output):
     """Global batches over meshes whose devices of one process do not stand side by side."""
     address = cli.cluster_flags()
@@ -90,6 +99,9 @@ def check_rows(output):
 
 
 if __name__ == "__main__":
-    what, target = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
-    modes = {"rows": check_rows, "train": train_and_note_examples, "hang": train_and_hang}
-    modes[what](target)
+    what = sys.argv.pop(1)
+    if what == "hasty":
+        train_hastily()
+    else:
+        modes = {"rows": check_rows, "train": train_and_note_examples, "hang": train_and_hang}
+        modes[what](pathlib.Path(sys.argv.pop(1)))

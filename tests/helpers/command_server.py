@@ -16,8 +16,9 @@ import runpy
 import sys
 
 import jax
+from numba.core.registry import cpu_target
 
-IMPORTED = ("spvit_jax.plan", "spvit_jax.training.report")
+IMPORTED = ("spvit_jax.plan", "spvit_jax.training.report", "spvit_jax.drawing.gallery")
 
 
 def execute(module, args, environment, *outputs):
@@ -40,6 +41,9 @@ def execute(module, args, environment, *outputs):
 def serve():
     for name in IMPORTED:
         importlib.import_module(name)
+    # What Numba otherwise imports at the first call of a compiled function.
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
     gc.freeze()  # what all have is not looked through again by each
     gc.set_threshold(100_000, 20, 20)
     for line in sys.stdin:
