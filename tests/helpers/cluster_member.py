@@ -6,8 +6,8 @@
     python -m tests.helpers.cluster_member hasty --config=… --workdir=… --coordinator=…
 
 Process 0 writes OUTPUT, a JSON file. `hang` trains, and process 1 waits for ever for the input of
-its tenth step, unless there is OUTPUT, which it then makes. `hasty` trains, and gives the others less
-time than a network would need.
+its tenth step, unless there is OUTPUT, which it then makes. `hasty` trains, and gives up on others
+sooner than a network allows.
 """
 
 import itertools
