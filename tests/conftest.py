@@ -29,21 +29,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Looking for cycles among the millions of objects of JAX's tracing takes a sixth of the time.
 gc.set_threshold(100_000, 20, 20)
 
-# Each takes a minute or more: begun last, it would keep one worker busy while the other is done.
+# Each takes half a minute or more: begun last, it would keep one worker busy and the other waiting.
 SLOWEST = (
     "distributed/test_cluster.py",
-    "preflight/test_roofline.py",
-    "interop/test_parity.py",
     "test_end_to_end.py",
-    "preflight/test_command.py",
+    "interop/test_parity.py",
     "training/test_step.py",
     "test_convert.py",
-    "test_imagenet.py",
     "test_token_labels.py",
-    "models/test_loop.py",
+    "test_imagenet.py",
+    "preflight/test_command.py",
+    "test_train.py",
+    "models/test_registry.py",
     "kernels/test_fused.py",
     "test_bucket_run.py",
-    "data/test_imagenet.py",
+    "models/test_loop.py",
+    "preflight/test_roofline.py",
+    "test_package.py",
+    "test_tour.py",
 )
 
 

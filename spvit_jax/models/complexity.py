@@ -32,6 +32,7 @@ def count_macs(config: ModelConfig) -> int:
     if config.attention == "fused":  # which can be counted on any platform
         name: Implementation = "xla" if platform() == "gpu" else "fused_interpret"
         config = dataclasses.replace(config, attention=name)
+    config = dataclasses.replace(config, scan=True)  # the same, traced once for each kind of block
     graphdef, state = nnx.split(config.abstract())
     images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     return macs_of(lambda state, images: nnx.merge(graphdef, state)(images), state, images)

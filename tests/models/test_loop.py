@@ -70,6 +70,17 @@ def test_loops_change_neither_value_nor_gradient(name, execution):
         np.testing.assert_allclose(looped[leaf], expected, 1e-3, 1e-6 * largest, err_msg=leaf)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_loops_compute_as_much(name):
+    """As `count_macs` takes for granted, which counts a model as loops."""
+
+    def macs(**execution):
+        loss, params = loss_of(name, **execution)
+        return macs_of(loss, params)
+
+    assert macs() == macs(scan=True) > 0
+
+
 def test_a_loop_keeps_linear_layers_and_remat_nothing():
     def macs(**execution):
         loss, params = loss_of("mait_t", **execution)
