@@ -62,6 +62,18 @@ def write(name: str, text: str) -> None:
     markdown.replace_between(markdown.marks(name), text, pathlib.Path(flags.FLAGS.document))
 
 
+def measure_each(experiments: Mapping[str, tuple[str, Variants]]) -> None:
+    """Trains the variants of experiments and writes a table for each, against its first variant.
+
+    Args:
+      experiments: head of the first column and variants of each experiment, by name.
+    """
+    runner = make_runner()
+    for name, (head, variants) in experiments.items():
+        records = measure(runner, variants)
+        write(name, table(variants, records, next(iter(variants)), head))
+
+
 def table(variants: Variants, records: Records, base: str, head: str = "") -> str:
     """Returns a Markdown table of variants, each against one of them, seed by seed, in percent.
 

@@ -12,11 +12,14 @@ from absl import app
 
 from benchmarks import experiment
 
-EXPERIMENTS: dict[str, experiment.Variants] = {
-    model: {
-        "float32": experiment.seeds(model),
-        "bfloat16": experiment.seeds(model, "model.dtype=bfloat16"),
-    }
+EXPERIMENTS = {
+    f"precision_of_{model}": (
+        f"`{model}` in",
+        {
+            "float32": experiment.seeds(model),
+            "bfloat16": experiment.seeds(model, "model.dtype=bfloat16"),
+        },
+    )
     for model in ("spvit", "lvvit")
 }
 
@@ -24,11 +27,7 @@ EXPERIMENTS: dict[str, experiment.Variants] = {
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.precision`: trains all variants, prints a table for each model."""
     del argv
-    runner = experiment.make_runner()
-    for model, variants in EXPERIMENTS.items():
-        records = experiment.measure(runner, variants)
-        text = experiment.table(variants, records, "float32", f"`{model}` in")
-        experiment.write(f"precision_of_{model}", text)
+    experiment.measure_each(EXPERIMENTS)
 
 
 if __name__ == "__main__":

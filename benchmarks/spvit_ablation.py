@@ -59,10 +59,7 @@ EXPERIMENTS = {
 def main(argv: list[str]) -> None:
     """Runs `python -m benchmarks.spvit_ablation`: trains all variants, prints three tables."""
     del argv
-    runner = experiment.make_runner()
-    for name, (head, variants) in EXPERIMENTS.items():
-        records = experiment.measure(runner, variants)
-        experiment.write(name, experiment.table(variants, records, next(iter(variants)), head))
+    experiment.measure_each(EXPERIMENTS)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_every_run_has_a_model_and_its_own_folder(permuted_patches):
         low_data.VARIANTS,
         mait_ablation.VARIANTS,
         permuted.VARIANTS,
-        *precision.EXPERIMENTS.values(),
+        *(variants for _, variants in precision.EXPERIMENTS.values()),
         *(variants for _, variants in spvit_ablation.EXPERIMENTS.values()),
     ]
     runs = {run for group in variants for runs in group.values() for run in runs}

@@ -70,23 +70,23 @@ def test_loops_change_neither_value_nor_gradient(name, execution):
         np.testing.assert_allclose(looped[leaf], expected, 1e-3, 1e-6 * largest, err_msg=leaf)
 
 
+def macs(name, transform=lambda loss: loss, **execution):
+    """The multiply-adds of a loss, or of what `transform` makes of it."""
+    loss, params = loss_of(name, **execution)
+    return macs_of(transform(loss), params)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_loops_compute_as_much(name):
     """As `count_macs` takes for granted, which counts a model as loops."""
-
-    def macs(**execution):
-        loss, params = loss_of(name, **execution)
-        return macs_of(loss, params)
-
-    assert macs() == macs(scan=True) > 0
+    assert macs(name) == macs(name, scan=True) > 0
 
 
 def test_a_loop_keeps_linear_layers_and_remat_nothing():
-    def macs(**execution):
-        loss, params = loss_of("mait_t", **execution)
-        return macs_of(jax.grad(loss), params)
-
-    least, looped, most = macs(), macs(scan=True), macs(scan=True, remat=True)
+    least, looped, most = (
+        macs("mait_t", jax.grad, **execution)
+        for execution in ({}, {"scan": True}, {"scan": True, "remat": True})
+    )
     layers, tokens, dim = 6, len(IMAGES) * 65, SMALL["dim"]
     attention = layers * tokens * 2 * 65 * dim
     linear = layers * tokens * (3 + 1 + 4) * dim**2  # the MLP's result itself is not needed
